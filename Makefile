@@ -1,0 +1,52 @@
+# Two commands set everything up by themselves: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+OUT    ?= runs/quickstart
+
+.PHONY: install quickstart test test-slow test-gpu lint format reproduce-digits clean
+
+install: $(STAMP)
+
+# torch first: native code needs its headers, and a build without isolation finds them.
+$(STAMP): pyproject.toml setup.py
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'fastambient needs Python 3.10 or newer, this is ' + sys.version)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q "torch>=2.10" "numpy>=1.26"
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/fastambient quickstart --out $(OUT)
+
+test: $(TEST_STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(TEST_STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(TEST_STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(TEST_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fastambient kernels/fastambient_kernels
+
+format: $(TEST_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The table of docs/reproduce-digits.md: three seeds of EDM and of the ambient model, under 30 minutes on 2 cores.
+reproduce-digits: $(STAMP)
+	$(BIN)/python benchmarks/reproduce_digits.py --out runs/reproduce-digits --table docs/reproduce-digits.md
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
