@@ -52,7 +52,9 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str = "images", *, enabled: bool = True) -> Iterator[Callable[[int], None]]:
+def progress(
+    description: str, total: int, unit: str = "images", *, enabled: bool = True
+) -> Iterator[Callable[[int], None]]:
     """Yield ``advance(n)``. A bar on a terminal, otherwise a line every ten seconds; nothing before two seconds."""
     start = time.monotonic()
     done, last = 0, start

@@ -90,4 +90,6 @@ def refuse_existing(path: Path, *, force: bool = False) -> None:
     if path.is_file() and not force:
         raise InputError(f"{path} exists; choose another name or pass --force to replace it")
     if path.is_dir() and any(path.iterdir()) and not force:
-        raise InputError(f"the folder {path} exists and is not empty; choose another name or pass --force to replace it")
+        raise InputError(
+            f"the folder {path} exists and is not empty; choose another name or pass --force to replace it"
+        )

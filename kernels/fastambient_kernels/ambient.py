@@ -57,7 +57,8 @@ class AmbientNoise(NamedTuple):
 
 def is_ambient(sigma: Tensor, sigma_tn: float) -> Tensor:
     """The regime of each level: 0 < sigma_tn <= sigma. An infinite sigma_tn is plain EDM, as 0 is."""
-    return sigma >= sigma_tn if sigma_tn > 0 else torch.zeros_like(sigma, dtype=torch.bool)
+    level = sigma.new_tensor(sigma_tn)  # in sigma's precision, so that the comparison agrees with s - tau >= 0
+    return (sigma >= level) & (level > 0)
 
 
 def coefficients(sigma: Tensor, *, sigma_tn: float, sigma_data: float, weighting: str = "paper") -> Coefficients:
@@ -70,7 +71,7 @@ def coefficients(sigma: Tensor, *, sigma_tn: float, sigma_data: float, weighting
         raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
     s, sd = sigma.to(torch.promote_types(sigma.dtype, torch.float32)), float(sigma_data)
     ambient = is_ambient(s, sigma_tn)
-    tau = torch.where(ambient, sigma_tn, 0.0).to(s.dtype)  # finite in both regimes, also for sigma_tn = inf
+    tau = torch.where(ambient, s.new_tensor(sigma_tn), 0.0)  # finite in both regimes, also for sigma_tn = inf
     h = torch.sqrt(s * s + sd * sd)
     c_in, c_skip, c_out = 1 / h, (sd / h) ** 2, s * sd / h
     q = torch.sqrt((s - tau) * (s + tau))  # s^2 - tau^2 would cancel near tau
@@ -94,7 +95,9 @@ def _per_sample(value: Tensor) -> Tensor:
     return value.view(-1, 1, 1, 1)
 
 
-def _check(images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor, sigma: Tensor, x_n: Tensor | None, impl: str) -> None:
+def _check(
+    images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor, sigma: Tensor, x_n: Tensor | None, impl: str
+) -> None:
     if impl not in ("auto", "reference"):
         raise ValueError(f"impl must be 'auto' or 'reference', got {impl!r}")
     if images.dim() != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
@@ -108,13 +111,22 @@ def _check(images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor,
 
 
 def _visible_and_fresh(
-    images: Tensor, ids: Tensor, positions: Tensor, c: Coefficients, noise_seed: int | Tensor, run_seed: int | Tensor, x_n: Tensor | None
+    images: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    c: Coefficients,
+    sigma_tn: float,
+    noise_seed: int | Tensor,
+    run_seed: int | Tensor,
+    x_n: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, eps), unflipped, in the working precision."""
     work = c.q.dtype
     x0 = images.to(work) / 127.5 - 1 if images.dtype == torch.uint8 else images.to(work)
     numel = x0[0].numel()
-    if x_n is None:
+    if not 0 < sigma_tn < float("inf"):
+        y = x0  # plain EDM
+    elif x_n is None:
         fixed = normal(ids, numel, seed=noise_seed, stream=Stream.FIXED, dtype=work).view_as(x0)
         y = x0 + _per_sample(c.tau) * fixed
     else:
@@ -155,7 +167,7 @@ def ambient_noise(
     flips : bool [N] or None; true mirrors a sample along its width together with its noise
     positions : int64 [N], images seen so far + index in the global batch
     sigma : float [N], noise levels > 0
-    sigma_tn : noise level of the training set; 0 or infinite is plain EDM
+    sigma_tn : noise level of the training set, used in sigma's precision; 0 or infinite is plain EDM
     sigma_data : standard deviation of the data
     noise_seed, run_seed : 64 bits each, as a Python integer or a one-element int64 tensor; `noise_seed` is a secret
     x_n : float [N, C, H, W], the precomputed noised images (unflipped), or None to regenerate them
@@ -174,7 +186,7 @@ def ambient_noise(
     """
     _check(images, ids, flips, positions, sigma, x_n, impl)
     c = coefficients(_working_sigma(sigma, images), sigma_tn=sigma_tn, sigma_data=sigma_data)
-    y, eps = _visible_and_fresh(images, ids, positions, c, noise_seed, run_seed, x_n)
+    y, eps = _visible_and_fresh(images, ids, positions, c, sigma_tn, noise_seed, run_seed, x_n)
     net_input = _flip(_per_sample(c.c_in) * (y + _per_sample(c.q) * eps), flips)
     return AmbientNoise(net_input.to(out_dtype or c.q.dtype, memory_format=memory_format or torch.contiguous_format), c)
 
@@ -228,5 +240,5 @@ def ambient_loss(
     if F.shape != images.shape or not F.is_floating_point():
         raise TypeError(f"F must be float {list(images.shape)}, got {F.dtype} {list(F.shape)}")
     c = coefficients(_working_sigma(sigma, images), sigma_tn=sigma_tn, sigma_data=sigma_data, weighting=weighting)
-    y, eps = _visible_and_fresh(images, ids, positions, c, noise_seed, run_seed, x_n)
+    y, eps = _visible_and_fresh(images, ids, positions, c, sigma_tn, noise_seed, run_seed, x_n)
     return _AmbientLoss.apply(F, c.A, _flip(_per_sample(c.alpha) * y + _per_sample(c.beta) * eps, flips))

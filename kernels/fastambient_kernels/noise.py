@@ -51,7 +51,9 @@ def _mulhilo(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _MASK
 
 
-def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor | int, k1: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor | int, k1: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32. All arguments broadcast; words are int64 tensors in [0, 2^32)."""
     for _ in range(10):
         hi0, lo0 = _mulhilo(_M0, c0)
@@ -99,7 +101,9 @@ def random_words(ids: Tensor, count: int, *, seed: int | Tensor, stream: int, fi
     return torch.stack(words, dim=-1).flatten(1)[:, :count]
 
 
-def uniform(ids: Tensor, count: int, *, seed: int | Tensor, stream: int, first: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def uniform(
+    ids: Tensor, count: int, *, seed: int | Tensor, stream: int, first: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Uniforms in [0, 1) with 24 bits, [N, count]; arguments as in `random_words`."""
     return (random_words(ids, count, seed=seed, stream=stream, first=first) >> 8).to(dtype) * 2.0**-24
 

@@ -1,0 +1,112 @@
+"""Preconditioning, the distribution of sigma, the share message and the sampler."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import read_safetensors
+from torch import nn
+
+from fastambient.diffusion.ambient import ambient_share, default_sigma_tn, share_message
+from fastambient.diffusion.edm import EDMDenoiser, draw_sigma
+from fastambient.diffusion.samplers import heun, sigma_steps
+
+
+@pytest.mark.parametrize("steps", [18, 40])
+def test_heun_equals_the_recorded_sampler(steps):
+    t, metadata = read_safetensors(f"sampler_{steps}.safetensors")
+    assert int(metadata["num_steps"]) == steps
+    mean, std = t["in.mean_std"]
+    calls = []
+
+    def denoiser(x, sigma):
+        calls.append(sigma[0].item())
+        return mean + std**2 / (std**2 + sigma.view(-1, 1, 1, 1) ** 2) * (x - mean)
+
+    samples = heun(denoiser, t["in.latents"], steps)
+    assert (samples - t["out.samples"]).abs().max() < 1e-10
+    assert len(calls) == 2 * steps - 1
+    assert heun(denoiser, t["in.latents"].float(), steps).dtype == torch.float32
+
+
+def test_steps_run_from_sigma_max_to_sigma_min_to_zero():
+    t = sigma_steps(18)
+    assert t[0] == pytest.approx(80) and t[17] == pytest.approx(0.002) and t[18] == 0
+    assert all(a > b for a, b in zip(t, t[1:], strict=False))
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        sigma_steps(1)
+
+
+def test_churn_keeps_the_marginal_and_uses_the_given_noise():
+    """For Gaussian data and its exact denoiser any amount of churn samples the same Gaussian."""
+    std = 0.7
+    denoiser = lambda x, s: std**2 / (std**2 + s.view(-1, 1) ** 2) * x  # noqa: E731
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2000, 8, generator=g, dtype=torch.float64)
+    seen = []
+
+    def randn(i):
+        seen.append(i)
+        return torch.randn(2000, 8, generator=g, dtype=torch.float64)
+
+    out = heun(denoiser, latents, 100, S_churn=20, S_min=0.01, S_max=10, randn=randn)
+    expected = [i for i, t in enumerate(sigma_steps(100)[:-1]) if 0.01 <= t <= 10]
+    assert seen == expected and len(seen) > 5
+    assert out.std() == pytest.approx(std, rel=0.02)
+    assert not torch.allclose(out, heun(denoiser, latents, 100), atol=0.1)
+
+
+class _Known(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x, c_noise, class_labels=None, augment_labels=None):
+        self.seen = (c_noise, class_labels)
+        return self.weight * x
+
+
+def test_denoiser_is_table_1():
+    D = EDMDenoiser(_Known(), sigma_data=0.4, label_dim=2)
+    x, s = torch.randn(3, 1, 2, 2, dtype=torch.float64), torch.tensor([0.01, 1.0, 50.0], dtype=torch.float64)
+    column = s.view(-1, 1, 1, 1)
+    h2 = column**2 + 0.16
+    expected = 0.16 / h2 * x + column * 0.4 / h2.sqrt() * 0.3 * x / h2.sqrt()
+    out = D(x, s)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-7)
+    c_noise, labels = D.network.seen
+    torch.testing.assert_close(c_noise, (s.log() / 4).float())
+    assert labels.shape == (3, 2) and not labels.any()
+    torch.testing.assert_close(D(x, 1.0)[1], out[1])
+
+
+def test_sigma_is_lognormal_and_a_function_of_position():
+    positions = torch.arange(50000)
+    sigma = draw_sigma(positions, seed=5, P_mean=-0.6, P_std=1.1)
+    assert torch.equal(sigma[100:200], draw_sigma(positions[100:200], seed=5, P_mean=-0.6, P_std=1.1))
+    logs = sigma.log()
+    assert logs.mean() == pytest.approx(-0.6, abs=0.025) and logs.std() == pytest.approx(1.1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("sigma_tn", "share"), [(0.1, 0.82), (0.2, 0.63), (0.4, 0.41), (0.5, 0.34), (1, 0.16), (1.5, 0.09), (2, 0.06)]
+)
+def test_share_of_ambient_draws(sigma_tn, share):
+    assert ambient_share(sigma_tn) == pytest.approx(share, abs=0.005)
+    drawn = draw_sigma(torch.arange(20000), seed=0)
+    assert (drawn >= sigma_tn).float().mean() == pytest.approx(share, abs=0.015)
+
+
+def test_share_message_warns_at_both_ends_and_speaks_of_resolution():
+    assert ambient_share(4) == pytest.approx(0.016, abs=0.0005)
+    assert ambient_share(0) == 0 and ambient_share(math.inf) == 0
+    message, warning = share_message(1.5, resolution=64)
+    assert "9.0%" in message and warning is None
+    assert "few" in share_message(6, resolution=64)[1] and "P_mean" not in share_message(6, resolution=64)[1]
+    assert "P_mean" in share_message(6, resolution=256)[1]
+    assert "many" in share_message(0.03, resolution=64)[1]
+    assert "buffer" in share_message(1.5, resolution=64, weighting="unit")[0]
+    assert default_sigma_tn(64) == 1.5 and default_sigma_tn(8) == 0.1875
