@@ -1,0 +1,254 @@
+"""The command line: parse, call one function, print. No logic lives here."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from fastambient.errors import FastambientError, InputError
+
+app = typer.Typer(
+    name="fastambient",
+    help="Train diffusion models that copy their training set less, and measure by how much.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+class Noisy(str, Enum):
+    none, float16, float32 = "none", "float16", "float32"
+
+
+class OnBadImage(str, Enum):
+    error, skip = "error", "skip"
+
+
+class Precision(str, Enum):
+    fp32, bf16 = "fp32", "bf16"
+
+
+class Weighting(str, Enum):
+    paper, unit = "paper", "unit"
+
+
+class NoiseMode(str, Enum):
+    fixed, fresh = "fixed", "fresh"
+
+
+class AugmentAmbient(str, Enum):
+    none, reference = "none", "reference"
+
+
+def option(help: str, *names: str, metavar: str | None = None, default: str | None = None) -> Any:
+    """An option whose help ends with its default, also where that is computed."""
+    text = help if default is None else f"{help} [default: {default}]"
+    return typer.Option(*names, help=text, metavar=metavar, show_default=default is None)
+
+
+SOURCE_HELP = (
+    "digits (1,797 built-in 8x8 images), a folder of images (PNG, JPEG, WebP, BMP; recursive), an EDM data set zip, or an"
+    " .npy/.npz of uint8 images"
+)
+Force = Annotated[bool, option("replace what is there", "--force")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP, metavar="SOURCE")],
+    out: Annotated[Path, option("folder of the new store", metavar="STORE")],
+    resolution: Annotated[int | None, option("centre-crop and resize to RxR pixels", metavar="R", default="as they are")] = None,
+    sigma_tn: Annotated[float | None, option("noise level of the training set, in units of pixels in [-1, 1]", "--sigma-tn", metavar="S", default="1.5*R/64")] = None,
+    noise_seed: Annotated[int | None, option("64-bit seed of the fixed noise: a secret", "--noise-seed", metavar="K", default="from the operating system")] = None,
+    train: Annotated[int | None, option("training images", metavar="N", default="all that are not held out; digits: 100")] = None,
+    holdout: Annotated[int | None, option("held-out images", metavar="N", default="10 %, at most 10,000; digits: the rest")] = None,
+    split_seed: Annotated[int, option("seed of the split", "--split-seed", metavar="K")] = 0,
+    noisy: Annotated[Noisy, option("also store the noised images, in this dtype")] = Noisy.none,
+    on_bad_image: Annotated[OnBadImage, option("what to do with an image that cannot be read", "--on-bad-image")] = OnBadImage.error,
+    force: Force = False,
+) -> None:
+    """Prepare a data set: decode, resize, split, and noise it once."""
+    from fastambient.data.sources import open_source
+    from fastambient.data.store import prepare as prepare_store
+    from fastambient.diffusion.ambient import default_sigma_tn
+    from fastambient.files import refuse_existing
+    from fastambient.training.config import check_sigma_tn
+
+    refuse_existing(out, force=force)
+    if sigma_tn is not None:
+        check_sigma_tn(sigma_tn)
+    opened = open_source(source, resolution=resolution, on_bad_image=on_bad_image.value)
+    if sigma_tn is None and noisy is not Noisy.none:
+        sigma_tn = default_sigma_tn(opened.resolution)
+    store = prepare_store(
+        opened, out, sigma_tn=sigma_tn, noise_seed=noise_seed, train=train, holdout=holdout, split_seed=split_seed,
+        noisy=noisy.value, force=force,
+    )  # fmt: skip
+    size = f"{store.channels}x{store.resolution}x{store.resolution}"
+    print(f"{out}: {len(store.train):,} training and {len(store.holdout):,} held-out images of {size},"
+          f" sigma_data {store.sigma_data:.4g}")  # fmt: skip
+
+
+@app.command()
+def train(
+    data: Annotated[str | None, option(f"SOURCE or STORE to train on. SOURCE: {SOURCE_HELP}. STORE: a folder made by prepare", metavar="SOURCE|STORE", default="digits")] = None,
+    out: Annotated[Path | None, option("run folder", metavar="RUN", default="a new folder under runs/")] = None,
+    preset: Annotated[str | None, option("named settings", metavar="NAME", default="by resolution: digits (8), small16, small32, small64")] = None,
+    config: Annotated[Path | None, option("settings tree to start from", metavar="FILE.yaml")] = None,
+    sigma_tn: Annotated[float | None, option("noise level of the training set, in units of pixels in [-1, 1]; 0 is plain EDM", "--sigma-tn", metavar="S", default="1.5*R/64 for RxR pixels")] = None,
+    gpus: Annotated[int | None, option("GPUs to train on; 0 is the CPU", metavar="N", default="all visible")] = None,
+    processes: Annotated[int | None, option("CPU processes to train with, instead of GPUs", metavar="N")] = None,
+    kimg: Annotated[float | None, option("length of the run in thousands of images", metavar="K", default="the preset's")] = None,
+    batch: Annotated[int | None, option("images an optimizer step, over all ranks", metavar="B", default="the preset's")] = None,
+    seed: Annotated[int | None, option("64-bit seed of weights, order and fresh noise", metavar="K", default="0")] = None,
+    noise_seed: Annotated[int | None, option("64-bit seed of the fixed noise: a secret", "--noise-seed", metavar="K", default="from the operating system, or the store's")] = None,
+    precision: Annotated[Precision | None, option("of the network; weights, statistics and loss stay float32", default="the preset's")] = None,
+    checkpoint_kimg: Annotated[float | None, option("checkpoint this often, in thousands of images", "--checkpoint-kimg", metavar="K", default="a tenth of the run, at most 500")] = None,
+    weighting: Annotated[Weighting | None, option("weighting of the ambient loss", default="paper")] = None,
+    noise: Annotated[NoiseMode | None, option("fresh: an ablation, new noise at every draw undoes the method", default="fixed")] = None,
+    augment_ambient: Annotated[AugmentAmbient | None, option("reference: augment ambient draws as the reference does, which leaks", "--augment-ambient", default="none")] = None,
+    assignments: Annotated[list[str] | None, option("any setting of the tree; may be repeated", "--set", metavar="section.name=value")] = None,
+    resume: Annotated[Path | None, option("continue this run; everything is taken from it", metavar="RUN")] = None,
+    dry_run: Annotated[bool, option("print the settings with parameter count, memory and time estimates; train nothing", "--dry-run")] = False,
+    force: Force = False,
+) -> None:
+    """Train a model: EDM (--sigma-tn 0) or ambient diffusion."""
+    from fastambient.training import start
+    from fastambient.training.distributed import choose_ranks
+
+    if resume is not None:
+        given = {"--data": data, "--out": out, "--preset": preset, "--config": config, "--sigma-tn": sigma_tn, "--kimg": kimg, "--batch": batch, "--seed": seed,
+                 "--noise-seed": noise_seed, "--precision": precision, "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--weighting": weighting,
+                 "--noise": noise, "--augment-ambient": augment_ambient}  # fmt: skip
+        for name, value in given.items():
+            if value is not None and value != []:
+                raise InputError(f"--resume takes everything from the run; leave out {name}")
+        ranks, device = choose_ranks(gpus, processes) if gpus is not None or processes is not None else (None, None)
+        start.resume(resume, ranks=ranks, device=device)
+        return
+    ranks, device = choose_ranks(gpus, processes)
+    options: dict[str, dict[str, Any]] = {
+        "noise": {"sigma_tn": sigma_tn, "weighting": weighting and weighting.value, "mode": noise and noise.value},
+        "training": {
+            "kimg": kimg, "batch": batch, "seed": seed, "precision": precision and precision.value, "ranks": ranks, "device": device,
+            "checkpoint_kimg": checkpoint_kimg, "augment_ambient": augment_ambient and augment_ambient.value,
+        },
+    }  # fmt: skip
+    request = start.TrainRequest(
+        data=data, preset=preset, config=config, assignments=assignments or [], noise_seed=noise_seed,
+        options={s: {k: v for k, v in values.items() if v is not None} for s, values in options.items()},
+    )  # fmt: skip
+    if dry_run:
+        print(start.describe(request))
+        return
+    start.new(request, out, force=force)
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="run folder or model.safetensors", metavar="RUN|FILE")],
+    seeds: Annotated[str, option("sample seeds, such as 0-63,100", metavar="LIST")],
+    out: Annotated[Path, option("new folder for PNGs and a grid, or one .npz file", metavar="DIR")],
+    class_index: Annotated[int | None, option("class of all pictures (conditional models)", "--class", metavar="C", default="drawn from each seed")] = None,
+    steps: Annotated[int | None, option("noise levels, at least 2; 2*N - 1 evaluations of the network", metavar="N", default="the model's")] = None,
+    batch: Annotated[int | None, option("pictures at once; changes no picture", metavar="B", default="the model's")] = None,
+    gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
+    force: Force = False,
+) -> None:
+    """Sample pictures from a trained model."""
+    from fastambient.sampling import parse_seeds, write_samples
+    from fastambient.training.distributed import choose_ranks
+
+    _, device = choose_ranks(gpus, None)
+    written = write_samples(
+        model, parse_seeds(seeds), out, class_index=class_index, steps=steps, batch=batch, device=device, force=force
+    )
+    print(written)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")],
+    samples: Annotated[Path | None, option("folder of PNGs or .npz to measure instead of sampling", metavar="DIR")] = None,
+    num: Annotated[int | None, option("samples to draw (seeds 0 to N-1), or to read", metavar="N", default="the run's evaluation.num, 1000")] = None,
+    out: Annotated[Path | None, option("where the metrics go", metavar="FILE", default="RUN/metrics.json")] = None,
+    gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
+) -> None:
+    """Measure quality and copying, each against held-out images; writes metrics, pictures and report.html."""
+    from fastambient.evaluation.run import evaluate_run, print_table
+    from fastambient.training.distributed import choose_ranks
+
+    _, device = choose_ranks(gpus, None)
+    print_table([evaluate_run(run, samples=samples, num=num, out=out, device=device)])
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, option("print JSON", "--json")] = False,
+) -> None:
+    """Versions, devices and which implementation each operator has here."""
+    from fastambient.system import information
+
+    found = information()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for section, values in found.items():
+        print(section)
+        for name, value in values.items():
+            print(f"  {name:<20} {value}")
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, option("folder for both runs and the report", metavar="DIR")] = Path("runs/quickstart"),
+    force: Force = False,
+) -> None:
+    """Train EDM and the ambient model on 100 digits, measure both, print one table (under 5 minutes on 2 cores)."""
+    from fastambient.quickstart import quickstart as run_quickstart
+
+    run_quickstart(out, force=force)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM outside the training loop unwinds like Ctrl-C, so that temporary folders vanish."""
+    raise SystemExit(128 + signum)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Errors are one line on stderr; exit code 2 for bad input, 1 for a failure, 130/143 for a signal."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except FastambientError as error:
+        _complain(str(error), plain=error.exit_code > 2)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        _complain(f"{error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}")
+        code = 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _complain(error.format_message())  # the parser's own: unknown option, missing argument, bad number
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str, *, plain: bool = False) -> None:
+    text = " ".join(message.split())
+    print(text if plain else f"error: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

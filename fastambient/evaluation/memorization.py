@@ -1,0 +1,175 @@
+"""Is a sample a copy of a training image? Exact nearest neighbours in pixel space, and the gap-ratio copy rate.
+
+A sample counts as a copy when it lies much nearer to one training image than to every other:
+d1/d2 < 1/3, with d1, d2 its distances to the nearest and second nearest training image (Yoon et al., 2023; used by
+Shah et al., 2025, arXiv 2502.21278).
+
+Exactness
+---------
+|s - t|^2 = |s|^2 + |t|^2 - 2 s.t cancels badly in float32 just where it matters, at near-copies. But pictures are
+integers: shifted to [-128, 127], a product of two pixels is at most 2^14, and every partial sum of 1,024 of them is an
+integer of at most 2^24, which float32 holds exactly in any order of summation. So s.t is formed by float32 matrix
+products over 1,024 columns at a time, added in float64: all squared distances are exact integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastambient.errors import InputError
+from fastambient.pictures import as_pictures
+
+_EXACT_COLUMNS = 1024  # see Exactness above
+_SAMPLE_BLOCK, _IMAGE_BLOCK = 1024, 2048  # rows a matrix product: at most 200 MiB at 64x64 in colour
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The two nearest images of each sample, among distinct images.
+
+    index: int64 [N, 2], positions in the searched array (of the first one where an image stands there repeatedly).
+    distance: float64 [N, 2], L2 over pixels in [-1, 1], ascending.
+    flipped: bool [N], the nearest is the mirrored image (only in a search over flips).
+    """
+
+    index: np.ndarray
+    distance: np.ndarray
+    flipped: np.ndarray
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """d1/d2, float64 [N] in [0, 1]; d2 > 0, because the images are distinct."""
+        return self.distance[:, 0] / self.distance[:, 1]
+
+    def copies(self, threshold: float = 1 / 3) -> np.ndarray:
+        """bool [N]: the gap ratio lies below `threshold`."""
+        return self.ratio < threshold
+
+
+def distinct(images: np.ndarray, *, flips: bool = False) -> np.ndarray:
+    """Positions int64 of the first of each group of equal images; with `flips`, a mirrored image is an equal one.
+
+    A second, equal image would make d2 = d1 and so hide every copy of it.
+    """
+    first: dict[bytes, int] = {}
+    for i, key in enumerate(fingerprints(images, flips=flips)):
+        first.setdefault(key, i)
+    return np.fromiter(first.values(), np.int64, len(first))
+
+
+def fingerprints(images: np.ndarray, *, flips: bool = False) -> Iterator[bytes]:
+    """A hash per image, equal for equal pixels (and for mirrored ones with `flips`)."""
+    for image in images:
+        pixels = image.tobytes()
+        if flips:
+            pixels = min(pixels, image[..., ::-1].tobytes())
+        yield hashlib.sha256(pixels).digest()
+
+
+def nearest_two(samples: np.ndarray, images: np.ndarray, *, flips: bool = False) -> Neighbours:
+    """The exact nearest and second nearest distinct image of each sample.
+
+    Parameters
+    ----------
+    samples, images: uint8 [N, C, H, W] and [M, C, H, W].
+    flips: an image is as near as the nearer of itself and its mirror image (for models trained with x-flips).
+
+    Raises
+    ------
+    InputError
+        Another dtype, different picture sizes, no sample, or fewer than two distinct images.
+    """
+    samples, images = as_pictures(samples, "samples"), as_pictures(images, "images")
+    if samples.shape[1:] != images.shape[1:]:
+        raise InputError(
+            f"samples of {list(samples.shape[1:])} against images of {list(images.shape[1:])} (C, H, W),"
+            " expected equal sizes; evaluate with the data the model was trained on"
+        )
+    positions = distinct(images, flips=flips)
+    if len(samples) == 0 or len(positions) < 2:
+        raise InputError(
+            f"nearest neighbours of {len(samples)} samples among {len(positions)} distinct images,"
+            " expected at least 1 sample and 2 images"
+        )
+    squared = np.empty((len(samples), 2))
+    index = np.empty((len(samples), 2), np.int64)
+    flipped = np.zeros(len(samples), bool)
+    for start in range(0, len(samples), _SAMPLE_BLOCK):
+        rows = slice(start, start + _SAMPLE_BLOCK)
+        block = samples[rows]
+        squared[rows], nearest = _search(block, images, positions, flips)
+        index[rows] = positions[nearest]
+        if flips:
+            found = images[index[rows, 0]]
+            flipped[rows] = _paired(block, found[..., ::-1]) < _paired(block, found)
+    return Neighbours(index, np.sqrt(squared) / 127.5, flipped)
+
+
+def _search(
+    samples: np.ndarray, images: np.ndarray, positions: np.ndarray, flips: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances float64 [n, 2] in grey levels and the neighbours' places in `positions` [n, 2]."""
+    a = _integers(samples)
+    best = np.full((len(a), 2), np.inf)
+    place = np.full((len(a), 2), -1, np.int64)
+    row = np.arange(len(a))
+    for start in range(0, len(positions), _IMAGE_BLOCK):
+        block = images[positions[start : start + _IMAGE_BLOCK]]
+        d = _squared_distances(a, _integers(block))
+        if flips:
+            np.minimum(d, _squared_distances(a, _integers(block[..., ::-1])), out=d)
+        # The best so far stand first: argmin takes the first of equals, so ties go to the earlier image.
+        d = np.concatenate([best, d], axis=1)
+        places = np.concatenate(
+            [place, np.broadcast_to(np.arange(start, start + len(block)), (len(a), len(block)))], axis=1
+        )
+        for k in range(2):
+            i = d.argmin(1)
+            best[:, k], place[:, k] = d[row, i], places[row, i]
+            d[row, i] = np.inf
+    return best, place
+
+
+def _integers(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1).astype(np.float32) - np.float32(128)
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Exact for integers in [-128, 127] held in float32: [n, D], [m, D] -> float64 [n, m]."""
+    d = np.square(a, dtype=np.float64).sum(1)[:, None] + np.square(b, dtype=np.float64).sum(1)
+    for c in range(0, a.shape[1], _EXACT_COLUMNS):
+        columns = slice(c, c + _EXACT_COLUMNS)
+        d -= 2 * (a[:, columns] @ b[:, columns].T)
+    return d
+
+
+def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.square(a.astype(np.int32) - b).reshape(len(a), -1).sum(1, dtype=np.int64)
+
+
+def bootstrap_interval(hits: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap 95 % interval of a rate over samples.
+
+    Of n samples drawn with replacement, the number of hits is binomial(n, rate): the resampled rates are drawn from
+    that distribution itself, without resampling indices. With no hit (or only hits) the interval has no width, which
+    does not mean certainty: then rates below about 3/n stay unseen.
+
+    Parameters
+    ----------
+    hits: bool [N], N >= 1.
+    """
+    generator = np.random.default_rng(seed)
+    rates = generator.binomial(len(hits), hits.mean(), size=resamples) / len(hits)
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def copies_per_image(neighbours: Neighbours, threshold: float = 1 / 3) -> dict[int, int]:
+    """How often each image is the nearest neighbour of a copy: {position: copies}, most copied first, without zeros."""
+    position, count = np.unique(neighbours.index[neighbours.copies(threshold), 0], return_counts=True)
+    order = np.argsort(-count, kind="stable")
+    return {int(position[i]): int(count[i]) for i in order}

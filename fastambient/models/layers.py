@@ -1,0 +1,364 @@
+"""What both U-Nets are made of: initialisation, convolution with resampling, group norm, embeddings, dropout, block.
+
+The architectures are those of EDM (Karras et al. 2022, Appendix F), with EDM's parameter names and shapes, so that
+its weights load. The arrangement of the arithmetic is ours: 2x2 box resampling is pooling and repetition, a 1x1
+kernel runs on the smaller side of a resampling, attention is one fused call over [N, H*W, C] tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastambient.errors import InputError
+from fastambient_kernels.noise import Stream, random_words
+
+DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `keyed_keep`
+
+LABEL_DROPOUT_LAYER = 0  # layer number of label dropout; blocks are numbered from 1
+_LAYER_ELEMENTS = 2**26  # random words set aside for one layer of one sample
+_MAX_LAYERS = 256  # the generator's element counter has 32 bits and counts words by four
+
+
+class Init(NamedTuple):
+    """A distribution for new weights, and the factors on it for weight and bias (0: start at zero)."""
+
+    kind: str  # "xavier_uniform", "kaiming_uniform" or "kaiming_normal"
+    weight: float = 1.0
+    bias: float = 0.0
+
+    def draw(self, shape: Sequence[int], factor: float, fan_in: int, fan_out: int) -> Tensor:
+        """Variance 2/(fan_in + fan_out) (xavier) or 1/fan_in (kaiming), times factor^2, from torch's generator."""
+        if factor == 0:
+            return torch.zeros(*shape)
+        if self.kind == "kaiming_normal":
+            return torch.randn(*shape) * (factor / math.sqrt(fan_in))
+        variance = 2 / (fan_in + fan_out) if self.kind == "xavier_uniform" else 1 / fan_in
+        return (torch.rand(*shape) * 2 - 1) * (factor * math.sqrt(3 * variance))
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, with EDM's initialisation."""
+
+    def __init__(self, in_features: int, out_features: int, init: Init, *, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        fans = (in_features, out_features)
+        self.weight = nn.Parameter(init.draw((out_features, in_features), init.weight, *fans))
+        self.bias = nn.Parameter(init.draw((out_features,), init.bias, *fans)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Conv2d(nn.Module):
+    """Square convolution with "same" zero padding, optionally halving ("down") or doubling ("up") the resolution.
+
+    Resampling filters with the normalised outer product of `resample_filter`. Its order:
+
+    up          filter, then convolution
+    down        filter, then convolution
+    down_fused  convolution, then filter, with no zero padding between them
+
+    Parameters
+    ----------
+    kernel : 0 (resampling alone, no parameters), 1 or 3
+    resample : None, "up", "down" or "down_fused"
+    resample_filter : an even number of taps
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    resample_filter: Tensor
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, init: Init, *,
+        resample: str | None = None, resample_filter: Sequence[float] = (1, 1),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.kernel, self.resample = kernel, resample
+        if kernel:
+            fans = (in_channels * kernel**2, out_channels * kernel**2)
+            self.weight = nn.Parameter(init.draw((out_channels, in_channels, kernel, kernel), init.weight, *fans))
+            self.bias = nn.Parameter(init.draw((out_channels,), init.bias, *fans))
+        if resample:
+            taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+            self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
+            self.filter_pad = (len(resample_filter) - 1) // 2
+            self.box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad = self.kernel // 2
+        if self.resample == "up":
+            if self.kernel == 1:  # a 1x1 kernel commutes with the filter: a quarter of the arithmetic before it
+                return self._up(F.conv2d(x, self.weight)) + self.bias[:, None, None]
+            x = self._up(x)
+        elif self.resample == "down_fused":
+            # Filter and convolution commute on the zero-extended picture; in this order the convolution has stride 2.
+            return F.conv2d(self._filter(x, stride=1, pad=self.filter_pad + pad), self.weight, self.bias, stride=2)
+        elif self.resample == "down":
+            x = self._filter(x, stride=2, pad=self.filter_pad)
+        return F.conv2d(x, self.weight, self.bias, padding=pad) if self.kernel else x
+
+    def _filter(self, x: Tensor, *, stride: int, pad: int) -> Tensor:
+        if self.box:
+            return F.avg_pool2d(x, 2, stride, pad)
+        channels = x.shape[1]
+        weight = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
+        return F.conv2d(x, weight, stride=stride, padding=pad, groups=channels)
+
+    def _up(self, x: Tensor) -> Tensor:
+        if self.box:
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        channels = x.shape[1]
+        weight = (4 * self.resample_filter).to(x.dtype).expand(channels, -1, -1, -1)
+        return F.conv_transpose2d(x, weight, stride=2, padding=self.filter_pad, groups=channels)
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *,
+    add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
+) -> Tensor:  # fmt: skip
+    """silu(GN(x + add) * (1 + scale) + shift), in at least float32, returned in x's dtype.
+
+    x [N, C, H, W]; weight, bias [C]; add, scale, shift [N, C] or None; silu=False leaves the activation out.
+    """
+    # torch's kernels round mean and variance to the input's dtype, so low precision is widened before them.
+    work = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(work)
+    if add is not None:
+        y = y + add.to(work)[:, :, None, None]
+    y = F.group_norm(y, groups, weight.to(work), bias.to(work), eps)
+    if scale is not None and shift is not None:
+        y = torch.addcmul(shift.to(work)[:, :, None, None], y, scale.to(work)[:, :, None, None] + 1)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group norm with at most 32 groups of at least 4 channels; arguments of the call as in `group_norm_silu`."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = min(32, channels // 4), eps
+        if self.groups == 0 or channels % self.groups:
+            raise InputError(
+                f"a layer has {channels} channels, which norm groups cannot share equally; choose model.model_channels and "
+                "model.channel_mult so that all widths are multiples of 4, and of 32 from 128 on"
+            )
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self, x: Tensor, *, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+        silu: bool = True,
+    ) -> Tensor:  # fmt: skip
+        w, b = self.weight, self.bias
+        return group_norm_silu(x, w, b, self.groups, self.eps, add=add, scale=scale, shift=shift, silu=silu)
+
+
+def _cos_sin(c_noise: Tensor, freqs: Tensor) -> Tensor:
+    angle = c_noise.to(freqs.dtype).outer(freqs)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class PositionalEmbedding(nn.Module):
+    """[cos, sin] of c_noise at `channels`/2 frequencies falling geometrically from 1 to 1/10000: [N] -> [N, channels].
+
+    `endpoint` tells whether 1/10000 itself is the last frequency (DDPM++) or the first one left out (ADM).
+    """
+
+    def __init__(self, channels: int, *, endpoint: bool) -> None:
+        super().__init__()
+        self.count, self.last = channels // 2, channels // 2 - int(endpoint)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        work = torch.promote_types(c_noise.dtype, torch.float32)
+        steps = torch.arange(self.count, dtype=work, device=c_noise.device)
+        return _cos_sin(c_noise, (1 / 10000) ** (steps / self.last))
+
+
+class FourierEmbedding(nn.Module):
+    """[cos, sin] of 2 pi f c_noise at random frequencies f ~ N(0, 16^2), fixed from then on: [N] -> [N, channels]."""
+
+    freqs: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * 16)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        return _cos_sin(c_noise, 2 * math.pi * self.freqs.to(torch.promote_types(c_noise.dtype, torch.float32)))
+
+
+def keyed_keep(key: DropoutKey, layer: int, count: int, p: float) -> Tensor:
+    """What dropout keeps: bool [N, count], each true with probability 1 - p (to 2^-16).
+
+    A function of (run seed, position, layer, element) alone, by the noise contract: no batch split, rank or resume
+    changes it. Each random word serves two elements, low half first.
+    """
+    seed, positions = key
+    words = random_words(positions, -(-count // 2), seed=seed, stream=Stream.DROPOUT, first=layer * _LAYER_ELEMENTS)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :count]
+    return halves >= round(p * 65536)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask comes from a `DropoutKey`, or from torch's generator where the key is None."""
+
+    def __init__(self, p: float, layer: int) -> None:
+        super().__init__()
+        if layer >= _MAX_LAYERS:
+            raise InputError(f"the network has more than {_MAX_LAYERS - 1} blocks; choose fewer model.num_blocks")
+        self.p, self.layer = p, layer
+
+    def forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if key is None:
+            return F.dropout(x, self.p)
+        mask = keyed_keep(key, self.layer, x[0].numel(), self.p).view(x.shape).to(x.dtype)
+        # Elements count in C,H,W order whatever the memory format; the product keeps x's format.
+        return x * (mask / (1 - self.p))
+
+
+def drop_labels(labels: Tensor, p: float, key: DropoutKey | None) -> Tensor:
+    """Label dropout: the whole one-hot row [label_dim] of a sample is zeroed with probability p."""
+    if key is None:
+        keep = torch.rand(len(labels), 1, device=labels.device) >= p
+    else:
+        keep = keyed_keep(key, LABEL_DROPOUT_LAYER, 1, p)
+    return labels * keep.to(labels.dtype)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What the blocks of one network have in common."""
+
+    emb_channels: int
+    init: Init
+    init_zero: Init  # last layer of each residual branch
+    init_attn: Init
+    dropout: float
+    channels_per_head: int | None  # None: one attention head whatever the width
+    adaptive_scale: bool  # the embedding scales and shifts the second norm, rather than being added before it
+    resample_proj: bool  # the shortcut of a resampling block has a 1x1 kernel even if the width stays
+    skip_scale: float  # on the sum of branch and shortcut
+    eps: float  # of the norms
+    resample_filter: Sequence[float] = (1, 1)
+
+
+class UNetBlock(nn.Module):
+    """Residual block: norm, convolution (with resampling), embedding, norm, dropout, convolution; then attention.
+
+    Parameters
+    ----------
+    layer : number of the block within its network, from 1; names its dropout masks
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, style: BlockStyle, layer: int, *,
+        attention: bool = False, resample: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        s = style
+        self.skip_scale, self.adaptive_scale = s.skip_scale, s.adaptive_scale
+        # As in EDM, a layer narrower than one head has no attention.
+        self.heads = 0 if not attention else 1 if s.channels_per_head is None else out_channels // s.channels_per_head
+        if self.heads and out_channels % self.heads:
+            raise InputError(
+                f"{self.heads} attention heads cannot share {out_channels} channels equally; choose model.model_channels "
+                f"and model.channel_mult so that widths with attention are multiples of {s.channels_per_head}"
+            )
+        resampling = {"resample": resample, "resample_filter": s.resample_filter}
+        self.norm0 = GroupNorm(in_channels, s.eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, s.init, **resampling)  # type: ignore[arg-type]
+        self.affine = Linear(s.emb_channels, out_channels * (2 if s.adaptive_scale else 1), s.init)
+        self.norm1 = GroupNorm(out_channels, s.eps)
+        self.dropout = Dropout(s.dropout, layer)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, s.init_zero)
+        self.skip = None
+        if out_channels != in_channels or resample:
+            kernel = 1 if s.resample_proj or out_channels != in_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, s.init, **resampling)  # type: ignore[arg-type]
+        if self.heads:
+            self.norm2 = GroupNorm(out_channels, s.eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1, s.init_attn)
+            self.proj = Conv2d(out_channels, out_channels, 1, s.init_zero)
+
+    def forward(self, x: Tensor, emb: Tensor, key: DropoutKey | None) -> Tensor:
+        """x [N, in_channels, H, W], emb [N, emb_channels] -> [N, out_channels, H', W']."""
+        y = self.conv0(self.norm0(x))
+        params = self.affine(emb)
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            y = self.norm1(y, scale=scale, shift=shift)
+        else:
+            y = self.norm1(y, add=params)
+        y = self.conv1(self.dropout(y, key))
+        x = self._rescale(y + (x if self.skip is None else self.skip(x)))
+        return self._rescale(x + self._attend(x)) if self.heads else x
+
+    def _rescale(self, x: Tensor) -> Tensor:
+        return x if self.skip_scale == 1 else x * self.skip_scale
+
+    def _attend(self, x: Tensor) -> Tensor:
+        _, channels, height, width = x.shape
+        tokens = self.norm2(x, silu=False).flatten(2).transpose(1, 2)  # [N, L, C], a view in channels-last
+        # The output channels of qkv are laid out as (head, channel, q/k/v); attention wants the last one first.
+        split = (self.heads, channels // self.heads, 3)
+        weight = self.qkv.weight.flatten(1).unflatten(0, split).movedim(2, 0).flatten(0, 2)
+        bias = self.qkv.bias.unflatten(0, split).movedim(2, 0).flatten()
+        qkv = F.linear(tokens, weight, bias).unflatten(2, (3, *split[:2]))  # [N, L, 3, heads, C/heads]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = F.linear(y, self.proj.weight.flatten(1), self.proj.bias)
+        return y.transpose(1, 2).unflatten(2, (height, width))
+
+
+def one_hot_or_zeros(labels: Tensor | None, like: Tensor, label_dim: int) -> Tensor:
+    """Checked class labels: no labels are all zeros, which is "no class"."""
+    if labels is None:
+        return like.new_zeros(len(like), label_dim)
+    if labels.shape != (len(like), label_dim):
+        raise ValueError(f"class_labels must be [{len(like)}, {label_dim}], got {list(labels.shape)}")
+    return labels.to(like.dtype)
+
+
+def check_sizes(
+    *, img_resolution: int, img_channels: int, label_dim: int, augment_dim: int, model_channels: int,
+    channel_mult: Sequence[int], num_blocks: int, dropout: float, label_dropout: float,
+    resample_filter: Sequence[float] = (1, 1),
+) -> None:  # fmt: skip
+    """What both networks ask of their numbers.
+
+    Raises
+    ------
+    InputError : names the value, its range and what to choose
+    """
+    for name, value, least in (
+        ("img_resolution", img_resolution, 1), ("img_channels", img_channels, 1), ("label_dim", label_dim, 0),
+        ("augment_dim", augment_dim, 0), ("model_channels", model_channels, 4), ("num_blocks", num_blocks, 1),
+    ):  # fmt: skip
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}")
+    if not channel_mult or any(not isinstance(m, int) or m < 1 for m in channel_mult):
+        raise InputError(f"channel_mult must hold one whole number of 1 or more a level, got {channel_mult!r}")
+    halvings = 2 ** (len(channel_mult) - 1)
+    if img_resolution % halvings:
+        raise InputError(
+            f"a resolution of {img_resolution} cannot be halved {len(channel_mult) - 1} times; choose a multiple of "
+            f"{halvings}, or fewer levels in model.channel_mult"
+        )
+    for name, p in (("dropout", dropout), ("label_dropout", label_dropout)):
+        if not 0 <= p < 1:
+            raise InputError(f"{name} must be at least 0 and below 1, got {p}")
+    if not resample_filter or len(resample_filter) % 2 or not sum(resample_filter) > 0:
+        raise InputError(
+            f"resample_filter needs an even number of taps and a positive sum, got {list(resample_filter)}"
+        )

@@ -1,0 +1,74 @@
+"""Two models side by side on the built-in digits: EDM, and ambient diffusion at sigma_tn = 0.2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fastambient.console import duration, say
+from fastambient.errors import FastambientError
+from fastambient.evaluation.report import write_report
+from fastambient.evaluation.run import evaluate_run, print_table
+from fastambient.files import refuse_existing
+from fastambient.training.distributed import die_with_parent
+
+MODELS = (("edm", 0.0), ("ambient", 0.2))
+
+
+def train_side_by_side(runs: list[tuple[Path, list[str]]]) -> None:
+    """Run ``fastambient train --out PATH ARGUMENTS`` for all at once, the cores divided among them.
+
+    Raises
+    ------
+    FastambientError : one failed; the others are ended
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // len(runs)))
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # each is a run of its own, whatever started this one
+        environment.pop(name, None)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fastambient", "train", "--gpus", "0", "--out", str(path), *arguments],
+            env=environment,
+            preexec_fn=die_with_parent,
+        )
+        for path, arguments in runs
+    ]
+    try:
+        while any(child.poll() is None for child in children):
+            if any(child.poll() for child in children):
+                break
+            time.sleep(0.2)
+        for child, (path, _) in zip(children, runs, strict=True):
+            if child.poll():
+                raise FastambientError(f"training {path} failed with exit code {child.returncode}")
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+        for child in children:
+            child.wait()
+
+
+def quickstart(out: Path, *, force: bool = False, kimg: float = 64, num: int = 1000, seed: int = 0) -> None:
+    """Train both models at once, sample and measure both, print the table, write pictures and report.html.
+
+    Parameters
+    ----------
+    out : folder for the runs ``edm`` and ``ambient`` and for report.html
+    kimg : length of each training, thousands of images
+    num : samples of each evaluation
+    """
+    refuse_existing(out, force=force)
+    began = time.monotonic()
+    common = ["--data", "digits", "--kimg", f"{kimg:g}", "--seed", str(seed), *(["--force"] if force else [])]
+    say(f"training EDM and the ambient model on 100 digits, {kimg:g} kimg each")
+    runs = [(out / name, [*common, "--sigma-tn", f"{sigma_tn:g}"]) for name, sigma_tn in MODELS]
+    train_side_by_side(runs)
+    evaluated = [evaluate_run(path, num=num, name=f"{path.name} (sigma_tn {s:g})") for (path, _), (_, s) in zip(runs, MODELS, strict=True)]
+    write_report(out / "report.html", [e.report for e in evaluated], title="fastambient quickstart: 100 digits")
+    print_table(evaluated)
+    say(f"done in {duration(time.monotonic() - began)}; open {out / 'report.html'}")

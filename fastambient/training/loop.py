@@ -1,0 +1,267 @@
+"""The training loop of one rank, with images as the clock."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastambient import models
+from fastambient.console import duration, say, warn
+from fastambient.data.resident import ResidentLoader
+from fastambient.data.store import Store
+from fastambient.diffusion.ambient import share_message
+from fastambient.diffusion.edm import EDMDenoiser
+from fastambient.errors import FastambientError
+from fastambient.pictures import grid, save_png
+from fastambient.sampling import SamplingSettings, export, sample
+from fastambient.training import checkpoint
+from fastambient.training.config import Settings, network_config
+from fastambient.training.distributed import World
+from fastambient.training.ema import EMA
+from fastambient.training.monitor import Monitor, SigmaLoss
+from fastambient.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from fastambient.training.run import RunFolder
+from fastambient.training.step import TrainingStep
+
+_GRID_SEEDS = range(64)
+
+
+class Interrupted(FastambientError):
+    """Ctrl-C or SIGTERM, after the checkpoint was written. Exit code 128 + signal."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class StopSignal:
+    """Remembers a first Ctrl-C or SIGTERM for the loop to act on; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    @contextmanager
+    def listen(self) -> Iterator[StopSignal]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+
+def build_network(settings: Settings, store: Store, device: torch.device) -> nn.Module:
+    """A network with the initial weights of the run's seed; the global generator is left as it was."""
+    config = network_config(settings, channels=store.channels, num_classes=store.num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.training.seed & (2**63 - 1))
+        return models.build(config).to(device).train()
+
+
+def crosses(nimg: int, batch: int, every_kimg: float) -> bool:
+    """True where the step that ends at `nimg` passes a multiple of `every_kimg`: a function of nimg alone."""
+    every = every_kimg * 1000
+    return every > 0 and nimg // every > (nimg - batch) // every
+
+
+class Trainer:
+    """Everything a run holds in memory, and how it goes to disk and back."""
+
+    def __init__(self, run: RunFolder, world: World) -> None:
+        self.run, self.world = run, world
+        self.settings = settings = run.read_settings()
+        self.store = store = Store.open(run.store_path, verify=world.first)
+        t = settings.training
+        self.total_nimg = round(t.kimg * 1000)
+        self.network = build_network(settings, store, world.device)
+        self.ema = EMA(self.network, halflife_nimg=t.ema_halflife_kimg * 1000, rampup_ratio=t.ema_rampup_ratio)
+        self.optimizer = build_optimizer(self.network, t)
+        self.sigma_loss = SigmaLoss(world.device)
+        loader = ResidentLoader(
+            store.train, seed=t.seed, device=world.device, xflip=settings.data.xflip or t.augment > 0,
+            use_noisy=settings.data.noisy != "none" and settings.noise.mode == "fixed",
+        )  # fmt: skip
+        self.num_classes = store.num_classes if settings.data.use_labels else 0
+        self.step = TrainingStep(
+            self.network, loader, self.optimizer, self.ema, self.sigma_loss, settings, world,
+            num_classes=self.num_classes, noise_seed=run.read_noise_seed(),
+        )  # fmt: skip
+        self.nimg = 0
+        self.seconds = 0.0  # of training so far, over all resumes
+        self.log_sizes: dict[str, int] = {}
+
+    def save(self) -> None:
+        """Checkpoint and exported weights; rank 0's work."""
+        assert self.monitor is not None
+        tensors: dict[str, Tensor] = {}
+        names = self.ema.names
+        parts = (
+            ("model", self.network.state_dict()),
+            ("ema", self.ema.state()),
+            ("optimizer", optimizer_tensors(self.optimizer, names)),
+        )
+        for prefix, part in parts:
+            tensors |= {f"{prefix}.{k}": v.detach().cpu() for k, v in part.items()}
+        state = {
+            "seconds": self.seconds,
+            "log_sizes": self.monitor.sizes(),
+            "sigma_loss": self.sigma_loss.sums.tolist(),
+            "settings": self.settings.tree(),
+        }
+        keep = self.settings.training.keep_checkpoints
+        checkpoint.save(self.run.checkpoints, self.nimg, tensors, state, keep=keep)
+        export(self.run.weights, self.network.state_dict() | self.ema.state(), self.metadata())
+
+    def restore(self) -> bool:
+        """Continue from the newest sound checkpoint, if there is one."""
+        found = checkpoint.load_latest(self.run.checkpoints)
+        if found is None:
+            return False
+        tensors, state = found
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            prefix, name = key.split(".", 1)
+            parts[prefix][name] = value
+        self.network.load_state_dict(parts["model"])
+        self.ema.load(parts["ema"])
+        load_optimizer_tensors(self.optimizer, self.ema.names, parts["optimizer"])
+        self.sigma_loss.sums.copy_(torch.tensor(state["sigma_loss"], dtype=torch.float64))
+        self.nimg, self.seconds, self.log_sizes = state["nimg"], state["seconds"], state["log_sizes"]
+        return True
+
+    def metadata(self) -> dict[str, Any]:
+        """What model.safetensors says of itself. Never the noise seed, never a path."""
+        s, store = self.settings, self.store
+        return {
+            "network": network_config(s, channels=store.channels, num_classes=store.num_classes),
+            "sigma_data": s.noise.sigma_data,
+            "noise": s.tree()["noise"],
+            "sampling": s.tree()["sampling"],
+            "class_names": store.class_names if self.num_classes else None,
+            "train_images": len(store.train),
+            "nimg": self.nimg,
+        }
+
+    def sample_grid(self) -> None:
+        """Pictures of the first sample seeds with the EMA weights; a diverged model gives a warning, not an end."""
+        if not hasattr(self, "ema_network"):
+            self.ema_network = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.ema.copy_to(self.ema_network)
+        assert self.settings.noise.sigma_data is not None and self.monitor is not None
+        denoiser = EDMDenoiser(self.ema_network, sigma_data=self.settings.noise.sigma_data, label_dim=self.num_classes)
+        shape = (self.store.channels, self.store.resolution, self.store.resolution)
+        sampling = SamplingSettings(**self.settings.tree()["sampling"])
+        try:
+            picture = grid(sample(denoiser, _GRID_SEEDS, shape=shape, settings=sampling))
+        except FastambientError as error:
+            warn(str(error))
+            return
+        self.run.samples.mkdir(exist_ok=True)
+        save_png(self.run.samples / f"grid-{self.nimg:012d}.png", picture)
+        self.monitor.picture("samples", picture, self.nimg)
+
+    monitor: Monitor | None = None
+
+    def train(self) -> None:
+        """Run to the end, or to a signal."""
+        t, world = self.settings.training, self.world
+        if world.first:
+            self.monitor = Monitor(
+                self.run, nimg=self.nimg, total_nimg=self.total_nimg, device=world.device, sizes=self.log_sizes
+            )
+        saved_at = self.nimg if self.log_sizes else -1
+        with StopSignal().listen() as stop:
+            while self.nimg < self.total_nimg:
+                began = time.perf_counter()
+                result = self.step(self.nimg, stop=stop.signum is not None)
+                self.nimg += t.batch
+                elapsed = time.perf_counter() - began
+                self.seconds += elapsed
+                finished = self.nimg >= self.total_nimg
+                due = finished or crosses(self.nimg, t.batch, t.checkpoint_kimg or 0)
+                if self.monitor is not None:
+                    record = {"nimg": self.nimg} | dataclasses.asdict(result) | {"images_per_second": t.batch / elapsed}
+                    del record["stop"]
+                    self.monitor.step(record)
+                    if due:
+                        self.monitor.line()
+                        self.monitor.sigma_row(self.sigma_loss.row(self.nimg))
+                    if crosses(self.nimg, t.batch, t.sample_kimg or 0) or (finished and t.sample_kimg):
+                        self.sample_grid()
+                    if due or result.stop:
+                        self.save()
+                        saved_at = self.nimg
+                if result.stop and not finished:
+                    signum = stop.signum or signal.SIGTERM
+                    name = signal.Signals(signum).name
+                    if self.monitor is not None:
+                        self.monitor.close()
+                    raise Interrupted(
+                        signum,
+                        f"stopped by {name} at {self.nimg / 1000:g} kimg, checkpoint written;"
+                        f" resume with: fastambient train --resume {self.run.path}",
+                    )
+        if self.monitor is not None:
+            if saved_at != self.nimg:
+                self.save()
+            self.monitor.close()
+            say(f"finished {self.nimg / 1000:g} kimg in {duration(self.seconds)}: {self.run.weights}")
+
+
+def train(path: Path, world: World, *, resume: bool) -> None:
+    """Train the run folder `path` on this rank, from its newest checkpoint if `resume`.
+
+    Raises
+    ------
+    Interrupted : a signal stopped it, after a checkpoint
+    InputError, FastambientError : see the parts
+    """
+    trainer = Trainer(RunFolder(path), world)
+    s, n = trainer.settings, trainer.settings.noise
+    resumed = resume and trainer.restore()
+    if world.first:
+        message, warning = share_message(
+            n.sigma_tn or 0.0, resolution=trainer.store.resolution, P_mean=n.P_mean, P_std=n.P_std, weighting=n.weighting
+        )
+        parameters = sum(p.numel() for p in trainer.network.parameters())
+        say(f"{path}: {s.model.preset}, {parameters:,} parameters, {len(trainer.store.train):,} training images of "
+            f"{trainer.store.resolution}x{trainer.store.resolution}, {world.size} rank(s) on {world.device.type}, "
+            f"{s.training.precision}")  # fmt: skip
+        say(f"{message}; sigma_data {n.sigma_data:.4g}")
+        for note in filter(None, (warning, *_notes(s))):
+            warn(note)
+        if resume:
+            at = f"from {trainer.nimg / 1000:g} kimg" if resumed else "from the start: no checkpoint was written yet"
+            say(f"resuming {at}")
+    trainer.train()
+
+
+def _notes(s: Settings) -> list[str]:
+    """What a user should hear once before a run that is not what it seems."""
+    notes = []
+    if s.noise.mode == "fresh" and s.noise.sigma_tn:
+        notes.append("noise.mode fresh: new noise at every draw undoes the method, its minimiser is plain EDM's")
+    if s.training.augment > 0 and s.noise.sigma_tn:
+        if s.training.augment_ambient == "reference":
+            notes.append("augment_ambient reference: the same noise under augmented images leaks the clean image")
+        else:
+            notes.append("geometric augmentation acts on clean-regime draws only; ambient draws are mirrored at most")
+    return notes

@@ -1,0 +1,125 @@
+"""The run folder: where everything of a run lies, and the lock that keeps a second writer out.
+
+    config.yaml         the whole settings tree
+    noise_seed          the secret of the noise contract, readable by its owner only; never exported
+    store/              the prepared data set, where the run was started from a SOURCE
+    stats.jsonl         one object per optimizer step
+    sigma_loss.jsonl    loss per noise level, one object per checkpoint
+    checkpoints/        nimg-000000064000/ ...
+    model.safetensors   EMA weights, self-contained
+    samples/  metrics.json  tensorboard/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from fastambient.errors import InputError
+from fastambient.files import write_bytes
+from fastambient.training.config import Settings, check, read_yaml
+
+
+class RunFolder:
+    """Names inside a run folder, and its small files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.stats = path / "stats.jsonl"
+        self.sigma_loss = path / "sigma_loss.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.weights = path / "model.safetensors"
+        self.samples = path / "samples"
+        self.metrics = path / "metrics.json"
+        self.tensorboard = path / "tensorboard"
+        self.store = path / "store"
+        self._noise_seed = path / "noise_seed"
+
+    @staticmethod
+    def new_name(parent: Path = Path("runs")) -> Path:
+        """An unused folder name from the time of day, such as runs/20260131-235959."""
+        stem = datetime.now().strftime("%Y%m%d-%H%M%S")
+        path, k = parent / stem, 1
+        while path.exists():
+            path, k = parent / f"{stem}-{k}", k + 1
+        return path
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The run at `path`; InputError where there is none."""
+        run = cls(path)
+        if not path.is_dir():
+            raise InputError(f"there is no run folder {path}")
+        if not run.config.is_file():
+            raise InputError(f"{path} is no run folder: it holds no config.yaml")
+        return run
+
+    @property
+    def store_path(self) -> Path:
+        """The store this run trains on: its own, or the one that config.yaml names."""
+        return self.store if self.store.is_dir() else Path(self.read_settings().data.source)
+
+    def write_settings(self, settings: Settings) -> None:
+        text = yaml.safe_dump(settings.tree(), sort_keys=False, default_flow_style=None)
+        write_bytes(self.config, text.encode())
+
+    def read_settings(self) -> Settings:
+        settings = Settings().with_values(read_yaml(self.config), where=str(self.config))
+        check(settings)
+        return settings
+
+    def write_noise_seed(self, seed: int) -> None:
+        write_bytes(self._noise_seed, f"{seed:016x}\n".encode(), mode=0o600)
+
+    def read_noise_seed(self) -> int:
+        """The secret of the noise contract: 16 hex digits."""
+        try:
+            text = self._noise_seed.read_text(encoding="ascii").strip()
+            if len(text) != 16:
+                raise ValueError("not 16 hex digits")
+            return int(text, 16)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self._noise_seed} cannot be used ({error}): without the noise seed the fixed noise cannot be continued"
+            ) from None
+
+    def read_stats(self) -> list[dict[str, Any]]:
+        return _read_lines(self.stats)
+
+    def read_sigma_loss(self) -> list[dict[str, Any]]:
+        return _read_lines(self.sigma_loss)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing. The lock vanishes with the process, however it ends."""
+        lock = FileLock(str(self.path / ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"another process is training in {self.path}; wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def truncate(path: Path, size: int) -> None:
+    """Drop what was logged after the checkpoint that a run resumes from."""
+    if path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)

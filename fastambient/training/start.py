@@ -1,0 +1,250 @@
+"""From a request to a running training: settings, store and run folder first, then one or more ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fastambient import models
+from fastambient.console import say
+from fastambient.data.sources import Source, open_source
+from fastambient.data.store import Store, is_store, prepare
+from fastambient.diffusion.ambient import share_message
+from fastambient.errors import FastambientError, InputError
+from fastambient.files import new_folder, refuse_existing
+from fastambient.training import checkpoint
+from fastambient.training.config import Settings, check_sigma_tn, network_config, read_yaml, resolve
+from fastambient.training.distributed import (
+    World,
+    die_with_parent,
+    inside_launcher,
+    join_world,
+    launch,
+    leave_world,
+    run_from_first,
+)
+from fastambient.training.estimate import estimate_run
+from fastambient.training.loop import Interrupted, train
+from fastambient.training.run import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What ``fastambient train`` was asked for; None is "not said"."""
+
+    data: str | None = None
+    preset: str | None = None
+    config: Path | None = None
+    assignments: Sequence[str] = ()
+    options: Mapping[str, Mapping[str, Any]] | None = None  # settings tree of explicit options
+    noise_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings and data of a run that is not there yet."""
+
+    settings: Settings
+    data: Source | Store
+    noise_seed: int | None
+
+
+def plan(request: TrainRequest) -> Plan:
+    """Open the data and settle every setting; nothing is written.
+
+    Raises
+    ------
+    InputError : anything wrong with the request
+    """
+    if request.noise_seed is not None and not 0 <= request.noise_seed < 2**64:
+        raise InputError(f"--noise-seed must be a 64-bit integer from 0 on, got {request.noise_seed}")
+    options = {k: dict(v) for k, v in (request.options or {}).items()}
+    tree = read_yaml(request.config) if request.config else {}
+    if request.data is not None:
+        options.setdefault("data", {})["source"] = request.data
+    layers = [(str(request.config), tree), ("command line", options)]
+
+    # What to open may itself be set anywhere; the preset, which follows the resolution, does not matter for it.
+    early = Settings()
+    for where, layer in layers:
+        early = early.with_values(layer, where=where)
+    early = early.with_assignments(request.assignments)
+    if early.noise.sigma_tn is not None:
+        check_sigma_tn(early.noise.sigma_tn, early.sampling.sigma_max)
+    d = early.data
+    data: Source | Store
+    if is_store(d.source):
+        data = Store.open(d.source)
+        wanted = {"resolution": data.resolution, "train": len(data.train), "holdout": len(data.holdout)}
+        for name, there in wanted.items():
+            asked = getattr(d, name)
+            if asked is not None and asked != there:
+                raise InputError(f"data.{name} {asked}: the store {d.source} holds {there}; prepare another store")
+    else:
+        data = open_source(d.source, resolution=d.resolution, on_bad_image=d.on_bad_image)
+
+    settings = resolve(
+        resolution=data.resolution, preset=request.preset, layers=layers, assignments=request.assignments
+    )
+    if isinstance(data, Store):
+        settings = _agree_with_store(settings, data, asked_sigma_tn=early.noise.sigma_tn, noise_seed=request.noise_seed)
+    if settings.data.use_labels and not data.num_classes:
+        raise InputError(f"data.use_labels: {settings.data.source} has no class labels")
+    t = settings.training
+    if t.batch % t.ranks:
+        raise InputError(f"--batch {t.batch} does not divide among {t.ranks} ranks; use a multiple of {t.ranks}")
+    if t.batch_gpu and (t.batch // t.ranks) % t.batch_gpu:
+        raise InputError(f"training.batch_gpu {t.batch_gpu} does not divide a rank's share of {t.batch // t.ranks} images")
+    with torch.device("meta"):  # a network that cannot be built is found before anything is written
+        models.build(network_config(settings, channels=data.channels, num_classes=data.num_classes))
+    return Plan(settings, data, request.noise_seed)
+
+
+def _agree_with_store(settings: Settings, store: Store, *, asked_sigma_tn: float | None, noise_seed: int | None) -> Settings:
+    """The command line wins, except over noise that is already in the pictures."""
+    if store.manifest["noisy"] == "none":
+        if asked_sigma_tn is None and store.sigma_tn is not None:
+            settings = settings.with_values({"noise": {"sigma_tn": store.sigma_tn}}, where=str(store.path))
+        if settings.data.noisy != "none":
+            raise InputError(f"data.noisy {settings.data.noisy}: the store {store.path} holds no noised copy")
+        return settings
+    if asked_sigma_tn is not None and asked_sigma_tn != store.sigma_tn:
+        raise InputError(
+            f"--sigma-tn {asked_sigma_tn:g}: the noised copy in {store.path} was made at sigma_tn {store.sigma_tn:g};"
+            " prepare another store, or leave the option out"
+        )
+    if noise_seed is not None and noise_seed != store.noise_seed:
+        raise InputError(f"--noise-seed: the noised copy in {store.path} was made with another seed; leave the option out")
+    return settings.with_values(
+        {"noise": {"sigma_tn": store.sigma_tn}, "data": {"noisy": store.manifest["noisy"]}}, where=str(store.path)
+    )
+
+
+def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
+    """Write the run folder in one step: store (for a SOURCE), settings, noise seed. Nothing is left after an error."""
+    refuse_existing(out, force=force)
+    with new_folder(out, force=force) as folder:
+        run = RunFolder(folder)
+        d, n = plan.settings.data, plan.settings.noise
+        if isinstance(plan.data, Store):
+            store = plan.data
+            seed = store.noise_seed if plan.noise_seed is None else plan.noise_seed
+            source = str(store.path.resolve())
+        else:
+            store = prepare(
+                plan.data, run.store, sigma_tn=n.sigma_tn, noise_seed=plan.noise_seed, train=d.train, holdout=d.holdout,
+                split_seed=d.split_seed, noisy=d.noisy,
+            )  # fmt: skip
+            seed = store.noise_seed
+            source = d.source if not Path(d.source).exists() else str(Path(d.source).resolve())
+        filled = {
+            "data": {"source": source, "train": len(store.train), "holdout": len(store.holdout)},
+            "noise": {"sigma_data": store.sigma_data if n.sigma_data is None else n.sigma_data},
+        }
+        run.write_settings(plan.settings.with_values(filled, where="data"))
+        run.write_noise_seed(seed)
+    return out
+
+
+def start(path: Path, *, resume: bool = False, ranks: int | None = None, device: str | None = None) -> None:
+    """Train the run at `path` on as many ranks as its settings (or the arguments) say; returns when it is finished.
+
+    Raises
+    ------
+    Interrupted : stopped by a signal, after a checkpoint
+    SystemExit : a rank failed and has said why
+    """
+    run = RunFolder.existing(path)
+    with run.lock():
+        settings = run.read_settings()
+        t = settings.training
+        ranks, device = ranks or t.ranks, device or t.device
+        if t.batch % ranks:
+            raise InputError(f"a batch of {t.batch} does not divide among {ranks} ranks; use a divisor of {t.batch}")
+        if resume and _finished(run, settings):
+            say(f"{path} is finished: {t.kimg:g} kimg, weights in {run.weights}")
+            return
+        if ranks == 1:
+            train(path, World(device=torch.device(device)), resume=resume)
+            return
+        code = launch(_rank, (str(path), device, resume), ranks=ranks)
+    if code >= 128:
+        raise Interrupted(code - 128, f"resume with: fastambient train --resume {path}")
+    if code:
+        raise SystemExit(code)
+
+
+def _finished(run: RunFolder, settings: Settings) -> bool:
+    done = checkpoint.checkpoints(run.checkpoints)
+    return bool(done) and int(done[-1].name.removeprefix("nimg-")) >= settings.training.kimg * 1000 and run.weights.is_file()
+
+
+def _rank(path: str, device: str, resume: bool) -> int:
+    """One rank of `start`; its exit code. Rank 0 speaks for all."""
+    die_with_parent()
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    world = join_world(device)
+    try:
+        train(Path(path), world, resume=resume)
+        leave_world()
+        return 0
+    except Interrupted as stopped:
+        if world.first:
+            say(str(stopped))
+        return stopped.exit_code
+    except FastambientError as error:
+        if world.first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        # The other ranks wait in a collective that will never come: leave at once, and the launcher ends them.
+        os._exit(error.exit_code)
+
+
+def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None:
+    """Create a run and train it; under torchrun, on the ranks that are there."""
+    out = out or RunFolder.new_name()
+    if not inside_launcher():
+        start(create_run(plan(request), out, force=force))
+        return
+    _under_torchrun(lambda: create_run(plan(request), out, force=force), resume=False)
+
+
+def resume(path: Path, *, ranks: int | None = None, device: str | None = None) -> None:
+    """Continue a run, on its own ranks or on others: the numbers do not depend on them."""
+    if inside_launcher():
+        _under_torchrun(lambda: RunFolder.existing(path).path, resume=True)
+    else:
+        start(path, resume=True, ranks=ranks, device=device)
+
+
+def _under_torchrun(prepare_run: Callable[[], Path], *, resume: bool) -> None:
+    world = join_world("cuda" if torch.cuda.is_available() else "cpu")
+    path = run_from_first(world, prepare_run)
+    run = RunFolder.existing(path)
+    with run.lock() if world.first else contextlib.nullcontext():
+        if resume and _finished(run, run.read_settings()):
+            if world.first:
+                say(f"{path} is finished: weights in {run.weights}")
+        else:
+            train(path, world, resume=resume)
+    leave_world()
+
+
+def describe(request: TrainRequest) -> str:
+    """The settings of a run with its parameter count, memory and time: ``--dry-run``."""
+    planned = plan(request)
+    s = planned.settings
+    estimate = estimate_run(s, channels=planned.data.channels, num_classes=planned.data.num_classes)
+    tree = yaml.safe_dump(s.tree(), sort_keys=False, default_flow_style=None).rstrip()
+    message, warning = share_message(
+        s.noise.sigma_tn or 0.0, resolution=planned.data.resolution, P_mean=s.noise.P_mean, P_std=s.noise.P_std,
+        weighting=s.noise.weighting,
+    )  # fmt: skip
+    return "\n".join(filter(None, (tree, "", message, warning and f"warning: {warning}", estimate)))

@@ -1,0 +1,150 @@
+"""One optimizer step: batch -> noise -> network -> loss -> backward -> optimizer -> EMA.
+
+Every random number is a function of (seed, position), position = images seen so far + index in the global batch:
+neither the number of ranks nor the micro-batch nor a resume changes a draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastambient.data.augment import augment
+from fastambient.data.resident import Batch, ResidentLoader
+from fastambient.diffusion.edm import draw_sigma
+from fastambient.errors import InputError
+from fastambient.training.config import Settings
+from fastambient.training.distributed import World
+from fastambient.training.ema import EMA
+from fastambient.training.monitor import SigmaLoss
+from fastambient.training.optimizer import clean_gradients, learning_rate
+from fastambient_kernels import ambient_loss, ambient_noise, is_ambient
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # sum over pixels, mean over the global batch
+    lr: float
+    grad_norm: float
+    nonfinite_grads: int  # entries replaced by the clean-up
+    ambient_share: float  # of this batch's draws
+    stop: bool  # some rank was asked to stop
+
+
+class TrainingStep:
+    """Holds what a step needs; call it with the images seen so far.
+
+    Parameters
+    ----------
+    network : raw network F with float32 weights, on `world.device`
+    num_classes : label_dim of the network, 0 if unconditional
+    noise_seed : the secret of the noise contract
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loader: ResidentLoader,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA,
+        sigma_loss: SigmaLoss,
+        settings: Settings,
+        world: World,
+        *,
+        num_classes: int,
+        noise_seed: int,
+    ) -> None:
+        self.network, self.loader, self.optimizer, self.ema = network, loader, optimizer, ema
+        self.sigma_loss, self.settings, self.world = sigma_loss, settings, world
+        self.num_classes, self.noise_seed = num_classes, noise_seed
+        batch = settings.training.batch
+        if batch % world.size:
+            raise InputError(f"a batch of {batch} does not divide among {world.size} ranks; use a multiple of {world.size}")
+        self.share = batch // world.size
+        self.micro = settings.training.batch_gpu or self.share
+        if self.share % self.micro:
+            raise InputError(
+                f"training.batch_gpu {self.micro} does not divide a rank's share of {self.share} images"
+                f" (batch {batch} on {world.size} ranks)"
+            )
+        self.parameters = list(network.parameters())
+        self.parallel: nn.Module = network
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+
+    def __call__(self, nimg: int, *, stop: bool = False) -> StepResult:
+        t, world = self.settings.training, self.world
+        first = nimg + world.rank * self.share
+        bins = None
+        ambient = torch.zeros((), device=world.device)
+        for start in range(first, first + self.share, self.micro):
+            last = start + self.micro == first + self.share
+            positions = torch.arange(start, start + self.micro, device=world.device)
+            with contextlib.nullcontext() if last or world.size == 1 else self.parallel.no_sync():  # type: ignore[operator]
+                sigma, loss = self.forward(positions)
+                # Sums over pixels, mean over the batch; DDP then takes the mean over ranks.
+                (loss.sum() / self.share).backward()
+            part = self.sigma_loss.bin(sigma, loss.detach())
+            bins = part if bins is None else bins + part
+            ambient += is_ambient(sigma, self.settings.noise.sigma_tn or 0.0).sum()
+        assert bins is not None
+        asked = torch.tensor([float(stop)], device=world.device)
+        totals = world.sum(torch.cat([bins.flatten(), ambient.double()[None], asked])).cpu()
+        bins = totals[:-2].view(2, -1)
+        self.sigma_loss.sums += bins
+
+        lr = learning_rate(nimg, t)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm, bad = clean_gradients([p.grad for p in self.parameters if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(nimg + t.batch, t.batch)
+        return StepResult(float(bins[0].sum()) / t.batch, lr, norm, bad, float(totals[-2]) / t.batch, bool(totals[-1] > 0))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(sigma [N], loss [N]) of the global batch's `positions` (int64 [N])."""
+        n, t = self.settings.noise, self.settings.training
+        batch = self.loader.batch(positions)
+        sigma = draw_sigma(positions, seed=t.seed, P_mean=n.P_mean, P_std=n.P_std)
+        images, flips, augment_labels = self._augmented(batch, sigma)
+        # Fresh noise is the fixed noise of an image that is new at every draw.
+        ids, noise_seed = (batch.ids, self.noise_seed) if n.mode == "fixed" else (positions, t.seed)
+        keywords = {
+            "sigma_tn": n.sigma_tn, "sigma_data": n.sigma_data, "noise_seed": noise_seed, "run_seed": t.seed,
+            "x_n": batch.x_n if n.mode == "fixed" else None,
+        }  # fmt: skip
+        noised = ambient_noise(images, ids, flips, positions, sigma, **keywords)
+        labels = None
+        if self.num_classes:
+            assert batch.labels is not None
+            labels = nn.functional.one_hot(batch.labels, self.num_classes).to(noised.net_input.dtype)
+        with torch.autocast(positions.device.type, torch.bfloat16, enabled=t.precision == "bf16"):
+            F = self.parallel(
+                noised.net_input, noised.coefficients.c_noise, labels, augment_labels, dropout_key=(t.seed, positions)
+            )
+        loss = ambient_loss(F, images, ids, flips, positions, sigma, weighting=n.weighting, **keywords)
+        return sigma, loss
+
+    def _augmented(self, batch: Batch, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(images, flips, augmentation labels): geometry acts in the clean regime only, flips everywhere.
+
+        A mirror image moves its noise along, inside the operators. ``augment_ambient: reference`` mirrors and warps
+        the clean image first, under the same noise, as the reference does: two observations of one picture, a leak.
+        """
+        t = self.settings.training
+        if t.augment == 0:
+            return batch.images, batch.flips, None
+        leaking = t.augment_ambient == "reference"
+        images = batch.images.float() / 127.5 - 1
+        active = torch.ones_like(batch.flips) if leaking else ~is_ambient(sigma, self.settings.noise.sigma_tn or 0.0)
+        images, labels = augment(images, batch.positions, p=t.augment, seed=t.seed, xflips=batch.flips, active=active)
+        if not leaking:
+            return images, batch.flips, labels
+        mirrored = torch.where(batch.flips.view(-1, 1, 1, 1), images.flip(3), images)
+        return mirrored, torch.zeros_like(batch.flips), labels

@@ -1,0 +1,136 @@
+"""Nearest neighbours against brute force in integers, and the copy rate on sets where the answer is planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastambient.errors import InputError
+from fastambient.evaluation import memorization
+from fastambient.evaluation.memorization import bootstrap_interval, copies_per_image, distinct, nearest_two
+
+
+def _random(n: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8)
+
+
+def _brute_force(samples: np.ndarray, images: np.ndarray) -> np.ndarray:
+    difference = samples[:, None].astype(np.int64) - images[None]
+    return np.square(difference).reshape(len(samples), len(images), -1).sum(-1)
+
+
+def _nudged(images: np.ndarray, seed: int = 1) -> np.ndarray:
+    """Near-copies: every pixel moved by at most one level."""
+    step = np.random.default_rng(seed).integers(-1, 2, images.shape)
+    return np.clip(images.astype(np.int64) + step, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 20, 20)])
+def test_distances_are_exact_and_blocks_do_not_matter(monkeypatch, shape):
+    images, samples = _random(50, shape, 1), _random(31, shape, 2)
+    samples[:10] = _nudged(images[20:30])
+    squared = _brute_force(samples, images)
+    order = np.argsort(squared, axis=1, kind="stable")[:, :2]
+    found = []
+    for block in (7, 1000):
+        monkeypatch.setattr(memorization, "_SAMPLE_BLOCK", block)
+        monkeypatch.setattr(memorization, "_IMAGE_BLOCK", block)
+        found.append(nearest_two(samples, images))
+    for result in found:
+        assert np.array_equal(result.index, order)
+        assert np.array_equal(result.distance, np.sqrt(np.take_along_axis(squared, order, 1)) / 127.5)
+        assert not result.flipped.any()
+
+
+def test_extreme_pixels_stay_exact_where_float32_sums_would_not():
+    """Dark pictures give the largest products: sums of 2e8, of which float32 keeps multiples of 16."""
+    dark = np.random.default_rng(3).integers(0, 2, (30, 3, 64, 64), np.uint8)
+    result = nearest_two(dark[:10], dark[10:])
+    squared = np.sort(_brute_force(dark[:10], dark[10:]), axis=1)[:, :2]
+    assert np.array_equal(result.distance, np.sqrt(squared) / 127.5)
+
+
+def test_distance_unit_is_l2_over_pixels_in_minus_one_to_one():
+    images = np.stack([np.zeros((1, 2, 2), np.uint8), np.full((1, 2, 2), 255, np.uint8)])
+    assert nearest_two(images[:1], images).distance[0].tolist() == [0.0, 4.0]  # sqrt(4 pixels * 2^2)
+
+
+def test_ties_go_to_the_earlier_image(monkeypatch):
+    monkeypatch.setattr(memorization, "_IMAGE_BLOCK", 2)
+    images = np.full((5, 1, 1, 2), 100, np.uint8)
+    images[:, 0, 0, 0] = [200, 102, 98, 102, 98]
+    images[3:, 0, 0, 1] = 101
+    assert nearest_two(np.full((1, 1, 1, 2), 100, np.uint8), images).index[0].tolist() == [1, 2]
+
+
+def test_planted_copies_are_counted_exactly():
+    train = _random(60, seed=3)
+    samples = _random(100, seed=4)
+    samples[:30] = _nudged(train[np.arange(30) % 12])
+    found = nearest_two(samples, train)
+    assert found.copies().tolist() == [True] * 30 + [False] * 70
+    assert copies_per_image(found) == {**dict.fromkeys(range(6), 3), **dict.fromkeys(range(6, 12), 2)}
+    assert list(copies_per_image(found)) == list(range(12))
+    assert nearest_two(samples, _random(60, seed=5)).copies().sum() == 0
+
+
+def test_threshold_is_strict_and_uses_distances_not_squares():
+    images = np.zeros((2, 1, 1, 1), np.uint8)
+    images[1] = 40
+    samples = np.array([9, 10, 11], np.uint8).reshape(3, 1, 1, 1)  # ratios 9/31, 10/30, 11/29
+    assert nearest_two(samples, images).copies().tolist() == [True, False, False]
+
+
+def test_duplicates_in_the_training_set_do_not_hide_copies():
+    train = _random(20, seed=6)
+    repeated = np.concatenate([train, train[:5], train[:5]])
+    samples = _nudged(train[:10])
+    found = nearest_two(samples, repeated)
+    assert found.copies().all() and found.index[:, 0].tolist() == list(range(10))
+    assert distinct(repeated).tolist() == list(range(20))
+
+
+def test_flips_find_mirrored_copies_and_a_mirror_is_no_second_image():
+    train = _random(20, seed=7)
+    train[0, :, :, 4:] = train[0, :, :, 3::-1]  # nearly its own mirror image
+    train[0, 0, 0, 0] ^= 1
+    train[19] = train[4, ..., ::-1]  # the same picture under flips
+    samples = np.concatenate([_nudged(train[:4]), _nudged(train[4:8, ..., ::-1])])
+    plain, flips = nearest_two(samples, train), nearest_two(samples, train, flips=True)
+    assert plain.copies().tolist() == [True] * 5 + [False] * 3
+    assert flips.copies().all()
+    assert flips.index[:, 0].tolist() == list(range(8))
+    assert flips.flipped[1:].tolist() == [False] * 3 + [True] * 4
+    assert distinct(train, flips=True).tolist() == list(range(19))
+
+
+def test_bootstrap_interval_is_deterministic_and_close_to_the_binomial_one():
+    hits = np.zeros(400, bool)
+    hits[:100] = True
+    low, high = bootstrap_interval(hits, resamples=20_000, seed=1)
+    half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
+    assert low == pytest.approx(0.25 - half, abs=0.004) and high == pytest.approx(0.25 + half, abs=0.004)
+    assert bootstrap_interval(hits, seed=1) == bootstrap_interval(hits, seed=1)
+    assert bootstrap_interval(hits, resamples=50, seed=1) != bootstrap_interval(hits, resamples=50, seed=2)
+    assert bootstrap_interval(np.zeros(10, bool)) == (0.0, 0.0) and bootstrap_interval(np.ones(10, bool)) == (1.0, 1.0)
+
+
+def test_bootstrap_interval_covers_the_true_rate():
+    generator = np.random.default_rng(2)
+    inside = 0
+    for seed in range(400):
+        low, high = bootstrap_interval(generator.random(300) < 0.3, seed=seed)
+        inside += low <= 0.3 <= high
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_bad_input():
+    images = _random(5)
+    with pytest.raises(InputError, match="equal sizes"):
+        nearest_two(_random(3, (1, 8, 9)), images)
+    with pytest.raises(InputError, match="1 distinct"):
+        nearest_two(images, np.repeat(images[:1], 4, axis=0))
+    with pytest.raises(InputError, match="0 samples"):
+        nearest_two(images[:0], images)
+    with pytest.raises(InputError, match="float64"):
+        nearest_two(images / 255, images)

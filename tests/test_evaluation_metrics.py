@@ -1,0 +1,136 @@
+"""metrics.json: its keys are a contract; its numbers are known on planted sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from fastambient.errors import InputError
+from fastambient.evaluation import evaluate, frechet_distance
+
+
+@pytest.fixture(scope="module")
+def digits() -> np.ndarray:
+    images = (load_digits().images / 16 * 255).round().astype(np.uint8)[:, None]
+    return np.random.default_rng(0).permutation(images)
+
+
+def _noise_set(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(2, 254, (n, 1, 8, 8), np.uint8)
+
+
+def _planted() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    train, holdout, samples = _noise_set(50, 1), _noise_set(80, 2), _noise_set(100, 3)
+    samples[:30] = train[:30] + 1
+    return samples, train, holdout
+
+
+def test_keys_are_those_of_the_contract():
+    metrics, _ = evaluate(*_planted(), settings={"steps": 18})
+    assert {"counts", "frechet", "memorization", "settings"} == set(metrics)
+    assert {"train", "holdout", "samples"} <= set(metrics["counts"])
+    assert {"value", "reference", "train_vs_reference"} == set(metrics["frechet"]["pixel"])
+    assert {"gap_ratio", "nearest_distance"} <= set(metrics["memorization"])
+    assert {"threshold", "rate", "ci95", "holdout_rate"} <= set(metrics["memorization"]["gap_ratio"])
+    assert {"median", "holdout_median"} <= set(metrics["memorization"]["nearest_distance"])
+    assert metrics["settings"]["steps"] == 18
+    assert metrics["settings"]["protocol"] == {
+        "space": "pixels in [-1, 1]", "flips": False, "bootstrap": 1000, "seed": 0,
+    }  # fmt: skip
+
+
+def test_planted_copies_give_exactly_thirty_percent_and_the_control_none():
+    samples, train, holdout = _planted()
+    metrics, neighbours = evaluate(samples, torch.from_numpy(train), holdout, settings={})
+    gap = metrics["memorization"]["gap_ratio"]
+    assert gap["rate"] == 0.30 and gap["copies"] == 30 and gap["holdout_rate"] == 0.0
+    assert gap["ci95"][0] < 0.30 < gap["ci95"][1] and gap["ci95"][1] - gap["ci95"][0] < 0.25
+    assert metrics["counts"] == {
+        "train": 50, "holdout": 80, "samples": 100, "train_distinct": 50, "holdout_distinct": 80,
+    }  # fmt: skip
+    copied = metrics["memorization"]["copies_per_train_image"]
+    assert copied["images_copied"] == 30 and copied["histogram"] == {"1": 30}
+    assert copied["top"][0] == {"train_index": 0, "copies": 1} and len(copied["top"]) == 10
+    assert neighbours.index[:30, 0].tolist() == list(range(30))
+    nearest = metrics["memorization"]["nearest_distance"]
+    assert nearest["median"] == np.median(neighbours.distance[:, 0]) and nearest["holdout_median"] > nearest["median"]
+
+
+def test_frechet_is_in_pixels_against_all_held_out_images():
+    samples, train, holdout = _planted()
+    pixel = evaluate(samples, train, holdout, settings={})[0]["frechet"]["pixel"]
+    flat = [images.reshape(len(images), -1) / 127.5 for images in (samples, train, holdout)]
+    assert pixel["value"] == pytest.approx(frechet_distance(flat[0], flat[2]))
+    assert pixel["train_vs_reference"] == pytest.approx(frechet_distance(flat[1], flat[2]))
+    assert pixel["reference"] == "holdout (80 images)"
+
+
+def test_control_searches_as_many_images_as_the_training_side(digits):
+    """Held-out digits sampled against a control of 1,600 images would look nearer than against 100."""
+    train, holdout, samples = digits[:100], digits[100:1700], digits[1700:]
+    metrics, _ = evaluate(samples, train, holdout, settings={})
+    nearest, control = metrics["memorization"]["nearest_distance"], metrics["memorization"]["control"]
+    assert control["images"] == 100 and control["train_rate"] == metrics["memorization"]["gap_ratio"]["rate"]
+    assert nearest["holdout_median"] == pytest.approx(nearest["median"], rel=0.1)
+    everything, _ = evaluate(samples, holdout, train, settings={})
+    assert everything["memorization"]["nearest_distance"]["median"] < 0.9 * nearest["holdout_median"]
+    # Now fewer are held out than trained: the control has the smaller count on both sides.
+    control = everything["memorization"]["control"]
+    assert control["images"] == 100
+    assert control["train_median"] == pytest.approx(nearest["holdout_median"], rel=0.1)
+
+
+def test_duplicates_count_once_on_both_sides():
+    samples, train, holdout = _planted()
+    metrics, _ = evaluate(samples, np.concatenate([train, train[:20]]), holdout.repeat(2, axis=0), settings={})
+    assert metrics["memorization"]["gap_ratio"]["rate"] == 0.30
+    assert metrics["counts"]["train"] == 70 and metrics["counts"]["train_distinct"] == 50
+    assert metrics["counts"]["holdout_distinct"] == 80 and metrics["memorization"]["control"]["images"] == 50
+
+
+def test_is_deterministic_and_json(digits):
+    samples, train, holdout = digits[:150], digits[100:300], digits[300:900]
+    settings = {
+        "sigma_tn": float("inf"), "path": Path("a/b"), "seeds": np.arange(3), "lr": np.float32(0.5), "tuple": (1, 2),
+    }  # fmt: skip
+    one, two = (evaluate(samples, train, holdout, settings=settings)[0] for _ in range(2))
+    assert json.dumps(one, allow_nan=False) == json.dumps(two, allow_nan=False)
+    assert json.loads(json.dumps(one)) == one
+    assert one["settings"]["sigma_tn"] == "inf" and one["settings"]["path"] == "a/b"
+    assert one["settings"]["seeds"] == [0, 1, 2] and one["settings"]["lr"] == 0.5
+    other = evaluate(samples, train, holdout, seed=5, settings=settings)[0]
+    assert one["memorization"]["gap_ratio"]["rate"] == other["memorization"]["gap_ratio"]["rate"]
+    assert one["memorization"]["nearest_distance"] != other["memorization"]["nearest_distance"]
+
+
+def test_flips_reach_both_searches():
+    samples, train, holdout = _planted()
+    mirrored = np.ascontiguousarray(samples[..., ::-1])
+    assert evaluate(mirrored, train, holdout, settings={})[0]["memorization"]["gap_ratio"]["rate"] == 0.0
+    assert evaluate(mirrored, train, holdout, flips=True, settings={})[0]["memorization"]["gap_ratio"]["rate"] == 0.30
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, t, h: ((s[:1], t, h), {}), "1 samples, expected at least 2"),
+        (lambda s, t, h: ((s, t[:1], h), {}), "1 training images"),
+        (lambda s, t, h: ((s, t, h[:0]), {}), "0 held-out images"),
+        (lambda s, t, h: ((s[..., :7], t, h), {}), r"samples of \[1, 8, 7\]"),
+        (lambda s, t, h: ((s, t, h[:, :, :4]), {}), "held-out images of"),
+        (lambda s, t, h: ((s.astype(float), t, h), {}), "samples is float64"),
+        (lambda s, t, h: ((s, t, np.concatenate([h, t[:3]])), {}), "3 held-out images are training images"),
+        (lambda s, t, h: ((s, t, h), {"threshold": 0.0}), "threshold"),
+        (lambda s, t, h: ((s, t, h), {"threshold": float("nan")}), "threshold"),
+        (lambda s, t, h: ((s, t, h), {"bootstrap": 0}), "bootstrap"),
+    ],
+)
+def test_bad_input(change, message):
+    images, options = change(*_planted())
+    with pytest.raises(InputError, match=message):
+        evaluate(*images, settings={}, **options)
