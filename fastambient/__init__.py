@@ -1,6 +1,6 @@
 """fastambient: train diffusion models that copy their training set less, and measure by how much.
 
-    from fastambient import EDMDenoiser, ambient_loss, ambient_noise, image_ids, load, sample
+from fastambient import EDMDenoiser, ambient_loss, ambient_noise, image_ids, load, sample
 """
 
 from __future__ import annotations

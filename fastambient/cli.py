@@ -66,14 +66,35 @@ Force = Annotated[bool, option("replace what is there", "--force")]
 def prepare(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP, metavar="SOURCE")],
     out: Annotated[Path, option("folder of the new store", metavar="STORE")],
-    resolution: Annotated[int | None, option("centre-crop and resize to RxR pixels", metavar="R", default="as they are")] = None,
-    sigma_tn: Annotated[float | None, option("noise level of the training set, in units of pixels in [-1, 1]", "--sigma-tn", metavar="S", default="1.5*R/64")] = None,
-    noise_seed: Annotated[int | None, option("64-bit seed of the fixed noise: a secret", "--noise-seed", metavar="K", default="from the operating system")] = None,
-    train: Annotated[int | None, option("training images", metavar="N", default="all that are not held out; digits: 100")] = None,
-    holdout: Annotated[int | None, option("held-out images", metavar="N", default="10 %, at most 10,000; digits: the rest")] = None,
+    resolution: Annotated[
+        int | None, option("centre-crop and resize to RxR pixels", metavar="R", default="as they are")
+    ] = None,
+    sigma_tn: Annotated[
+        float | None,
+        option(
+            "noise level of the training set, in units of pixels in [-1, 1]",
+            "--sigma-tn",
+            metavar="S",
+            default="1.5*R/64",
+        ),
+    ] = None,
+    noise_seed: Annotated[
+        int | None,
+        option(
+            "64-bit seed of the fixed noise: a secret", "--noise-seed", metavar="K", default="from the operating system"
+        ),
+    ] = None,
+    train: Annotated[
+        int | None, option("training images", metavar="N", default="all that are not held out; digits: 100")
+    ] = None,
+    holdout: Annotated[
+        int | None, option("held-out images", metavar="N", default="10 %, at most 10,000; digits: the rest")
+    ] = None,
     split_seed: Annotated[int, option("seed of the split", "--split-seed", metavar="K")] = 0,
     noisy: Annotated[Noisy, option("also store the noised images, in this dtype")] = Noisy.none,
-    on_bad_image: Annotated[OnBadImage, option("what to do with an image that cannot be read", "--on-bad-image")] = OnBadImage.error,
+    on_bad_image: Annotated[
+        OnBadImage, option("what to do with an image that cannot be read", "--on-bad-image")
+    ] = OnBadImage.error,
     force: Force = False,
 ) -> None:
     """Prepare a data set: decode, resize, split, and noise it once."""
@@ -100,25 +121,78 @@ def prepare(
 
 @app.command()
 def train(
-    data: Annotated[str | None, option(f"SOURCE or STORE to train on. SOURCE: {SOURCE_HELP}. STORE: a folder made by prepare", metavar="SOURCE|STORE", default="digits")] = None,
+    data: Annotated[
+        str | None,
+        option(
+            f"SOURCE or STORE to train on. SOURCE: {SOURCE_HELP}. STORE: a folder made by prepare",
+            metavar="SOURCE|STORE",
+            default="digits",
+        ),
+    ] = None,
     out: Annotated[Path | None, option("run folder", metavar="RUN", default="a new folder under runs/")] = None,
-    preset: Annotated[str | None, option("named settings", metavar="NAME", default="by resolution: digits (8), small16, small32, small64")] = None,
+    preset: Annotated[
+        str | None,
+        option("named settings", metavar="NAME", default="by resolution: digits (8), small16, small32, small64"),
+    ] = None,
     config: Annotated[Path | None, option("settings tree to start from", metavar="FILE.yaml")] = None,
-    sigma_tn: Annotated[float | None, option("noise level of the training set, in units of pixels in [-1, 1]; 0 is plain EDM", "--sigma-tn", metavar="S", default="1.5*R/64 for RxR pixels")] = None,
+    sigma_tn: Annotated[
+        float | None,
+        option(
+            "noise level of the training set, in units of pixels in [-1, 1]; 0 is plain EDM",
+            "--sigma-tn",
+            metavar="S",
+            default="1.5*R/64 for RxR pixels",
+        ),
+    ] = None,
     gpus: Annotated[int | None, option("GPUs to train on; 0 is the CPU", metavar="N", default="all visible")] = None,
     processes: Annotated[int | None, option("CPU processes to train with, instead of GPUs", metavar="N")] = None,
-    kimg: Annotated[float | None, option("length of the run in thousands of images", metavar="K", default="the preset's")] = None,
-    batch: Annotated[int | None, option("images an optimizer step, over all ranks", metavar="B", default="the preset's")] = None,
-    seed: Annotated[int | None, option("64-bit seed of weights, order and fresh noise", metavar="K", default="0")] = None,
-    noise_seed: Annotated[int | None, option("64-bit seed of the fixed noise: a secret", "--noise-seed", metavar="K", default="from the operating system, or the store's")] = None,
-    precision: Annotated[Precision | None, option("of the network; weights, statistics and loss stay float32", default="the preset's")] = None,
-    checkpoint_kimg: Annotated[float | None, option("checkpoint this often, in thousands of images", "--checkpoint-kimg", metavar="K", default="a tenth of the run, at most 500")] = None,
+    kimg: Annotated[
+        float | None, option("length of the run in thousands of images", metavar="K", default="the preset's")
+    ] = None,
+    batch: Annotated[
+        int | None, option("images an optimizer step, over all ranks", metavar="B", default="the preset's")
+    ] = None,
+    seed: Annotated[
+        int | None, option("64-bit seed of weights, order and fresh noise", metavar="K", default="0")
+    ] = None,
+    noise_seed: Annotated[
+        int | None,
+        option(
+            "64-bit seed of the fixed noise: a secret",
+            "--noise-seed",
+            metavar="K",
+            default="from the operating system, or the store's",
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision | None, option("of the network; weights, statistics and loss stay float32", default="the preset's")
+    ] = None,
+    checkpoint_kimg: Annotated[
+        float | None,
+        option(
+            "checkpoint this often, in thousands of images",
+            "--checkpoint-kimg",
+            metavar="K",
+            default="a tenth of the run, at most 500",
+        ),
+    ] = None,
     weighting: Annotated[Weighting | None, option("weighting of the ambient loss", default="paper")] = None,
-    noise: Annotated[NoiseMode | None, option("fresh: an ablation, new noise at every draw undoes the method", default="fixed")] = None,
-    augment_ambient: Annotated[AugmentAmbient | None, option("reference: augment ambient draws as the reference does, which leaks", "--augment-ambient", default="none")] = None,
-    assignments: Annotated[list[str] | None, option("any setting of the tree; may be repeated", "--set", metavar="section.name=value")] = None,
+    noise: Annotated[
+        NoiseMode | None, option("fresh: an ablation, new noise at every draw undoes the method", default="fixed")
+    ] = None,
+    augment_ambient: Annotated[
+        AugmentAmbient | None,
+        option(
+            "reference: augment ambient draws as the reference does, which leaks", "--augment-ambient", default="none"
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, option("any setting of the tree; may be repeated", "--set", metavar="section.name=value")
+    ] = None,
     resume: Annotated[Path | None, option("continue this run; everything is taken from it", metavar="RUN")] = None,
-    dry_run: Annotated[bool, option("print the settings with parameter count, memory and time estimates; train nothing", "--dry-run")] = False,
+    dry_run: Annotated[
+        bool, option("print the settings with parameter count, memory and time estimates; train nothing", "--dry-run")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Train a model: EDM (--sigma-tn 0) or ambient diffusion."""
@@ -158,9 +232,17 @@ def sample(
     model: Annotated[Path, typer.Argument(help="run folder or model.safetensors", metavar="RUN|FILE")],
     seeds: Annotated[str, option("sample seeds, such as 0-63,100", metavar="LIST")],
     out: Annotated[Path, option("new folder for PNGs and a grid, or one .npz file", metavar="DIR")],
-    class_index: Annotated[int | None, option("class of all pictures (conditional models)", "--class", metavar="C", default="drawn from each seed")] = None,
-    steps: Annotated[int | None, option("noise levels, at least 2; 2*N - 1 evaluations of the network", metavar="N", default="the model's")] = None,
-    batch: Annotated[int | None, option("pictures at once; changes no picture", metavar="B", default="the model's")] = None,
+    class_index: Annotated[
+        int | None,
+        option("class of all pictures (conditional models)", "--class", metavar="C", default="drawn from each seed"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        option("noise levels, at least 2; 2*N - 1 evaluations of the network", metavar="N", default="the model's"),
+    ] = None,
+    batch: Annotated[
+        int | None, option("pictures at once; changes no picture", metavar="B", default="the model's")
+    ] = None,
     gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
     force: Force = False,
 ) -> None:
@@ -178,8 +260,13 @@ def sample(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")],
-    samples: Annotated[Path | None, option("folder of PNGs or .npz to measure instead of sampling", metavar="DIR")] = None,
-    num: Annotated[int | None, option("samples to draw (seeds 0 to N-1), or to read", metavar="N", default="the run's evaluation.num, 1000")] = None,
+    samples: Annotated[
+        Path | None, option("folder of PNGs or .npz to measure instead of sampling", metavar="DIR")
+    ] = None,
+    num: Annotated[
+        int | None,
+        option("samples to draw (seeds 0 to N-1), or to read", metavar="N", default="the run's evaluation.num, 1000"),
+    ] = None,
     out: Annotated[Path | None, option("where the metrics go", metavar="FILE", default="RUN/metrics.json")] = None,
     gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
 ) -> None:

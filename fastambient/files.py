@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, force: bool = False, marker: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it becomes `path` when the block ends without an error, and vanishes
-    when it does not, so that nobody ever sees half a folder.
+    when it does not, together with parents made for it, so that nobody ever sees half a folder.
+
+    Parameters
+    ----------
+    force, marker : as in `refuse_existing`
 
     Raises
     ------
-    InputError
-        `path` exists (and is not an empty folder) and `force` is false.
+    InputError : `path` exists and must not be replaced
     """
-    refuse_existing(path, force=force)
+    refuse_existing(path, force=force, marker=marker)
+    missing = [p for p in path.absolute().parents if not p.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     temporary.mkdir()
@@ -84,12 +88,22 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # not empty: the folder is there
+                parent.rmdir()
 
 
-def refuse_existing(path: Path, *, force: bool = False) -> None:
+def refuse_existing(path: Path, *, force: bool = False, marker: str | None = None) -> None:
+    """InputError where `path` exists (an empty folder may), unless `force`; and even then where it is a folder without
+    the file `marker`: ``--force`` replaces what this program made, not somebody's pictures."""
     if path.is_file() and not force:
         raise InputError(f"{path} exists; choose another name or pass --force to replace it")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise InputError(
-            f"the folder {path} exists and is not empty; choose another name or pass --force to replace it"
-        )
+    if path.is_dir() and any(path.iterdir()):
+        if not force:
+            raise InputError(
+                f"the folder {path} exists and is not empty; choose another name or pass --force to replace it"
+            )
+        if marker is not None and not (path / marker).exists():
+            raise InputError(
+                f"--force: the folder {path} holds no {marker}, so it is not replaced; choose another name"
+            )

@@ -63,11 +63,15 @@ def export(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> No
 def weights_file(path: Path) -> Path:
     """The weights of a run folder, or the file itself."""
     if path.suffix in (".pkl", ".pt", ".pth", ".ckpt"):
-        raise InputError(f"{path}: pickled weights are never loaded, because loading them can run code; use .safetensors")
+        raise InputError(
+            f"{path}: pickled weights are never loaded, because loading them can run code; use .safetensors"
+        )
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
-            raise InputError(f"{path.parent} holds no model.safetensors; train it first, or wait for its first checkpoint")
+            raise InputError(
+                f"{path.parent} holds no model.safetensors; train it first, or wait for its first checkpoint"
+            )
     if not path.is_file():
         raise InputError(f"there is no run or weights file {path}")
     return path
@@ -85,7 +89,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> EDMDenoiser
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
             if header.get("format") != FORMAT:
-                raise InputError(f"{file} was not written by fastambient (format {header.get('format')!r}, need {FORMAT!r})")
+                raise InputError(
+                    f"{file} was not written by fastambient (format {header.get('format')!r}, need {FORMAT!r})"
+                )
             metadata = {k: json.loads(v) for k, v in header.items() if k != "format"}
             shapes = {k: list(opened.get_slice(k).get_shape()) for k in opened.keys()}  # noqa: SIM118
             network = _empty_network(file, metadata, shapes)
@@ -114,7 +120,9 @@ def _empty_network(file: Path, metadata: dict[str, Any], shapes: dict[str, list[
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             told, found = expected.get(name, "no such tensor"), shapes.get(name, "nothing")
-            raise InputError(f"{file}: the header does not fit the tensors: {name} should be {told}, the file holds {found}")
+            raise InputError(
+                f"{file}: the header does not fit the tensors: {name} should be {told}, the file holds {found}"
+            )
     return network
 
 
@@ -162,7 +170,7 @@ def sample(
     ------
     InputError : a class for an unconditional model or out of range, fewer than 2 steps
     """
-    told = getattr(denoiser, "metadata", {})
+    told = denoiser.metadata
     chosen = settings or SamplingSettings(**told.get("sampling", {}))
     steps = chosen.steps if steps is None else steps
     batch = chosen.batch if batch is None else batch
@@ -241,7 +249,7 @@ def write_samples(
             out.parent.mkdir(parents=True, exist_ok=True)
             _write_npz(out, pictures.numpy(), seeds)
             return out
-        with new_folder(out, force=force) as folder:
+        with new_folder(out, force=force, marker=GRID_NAME) as folder:
             pictures = sample(denoiser, seeds, steps=steps, class_index=class_index, batch=batch, on_batch=advance)
             for seed, picture in zip(seeds, pictures, strict=True):
                 save_png(folder / f"seed{seed:09d}.png", picture)

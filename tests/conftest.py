@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,3 +26,48 @@ def read_safetensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]
     """(tensors, metadata) of a recorded file in tests/data."""
     with safe_open(DATA / name, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+TINY = ["model.model_channels=8", "model.channel_mult=[1,2]", "model.attn_resolutions=[4]"]
+
+
+def make_run(path: Path, *assignments: str, **options: Any) -> Path:
+    """Create (not train) a run on 100 digits with a network of some ten thousand weights; 8 images a step.
+
+    options : settings as ``section_name=value``, `data` for another source, `noise_seed`
+    """
+    from fastambient.training.start import TrainRequest, create_run, plan
+
+    defaults = ["training.batch=8", "training.kimg=0.16", "training.sample_kimg=0", "training.checkpoint_kimg=0.08"]
+    request = TrainRequest(
+        data=options.pop("data", None),
+        noise_seed=options.pop("noise_seed", 12345),
+        assignments=[*TINY, *defaults, *assignments],
+    )
+    assert not options
+    return create_run(plan(request), path)
+
+
+def train_here(path: Path, *, resume: bool = False) -> None:
+    """Train a run in this process, on one CPU rank."""
+    from fastambient.training.distributed import World
+    from fastambient.training.loop import train
+
+    train(path, World(), resume=resume)
+
+
+def read_stats(path: Path, *, timing: bool = False) -> list[dict[str, Any]]:
+    """stats.jsonl, without what a clock says unless asked for."""
+    rows = [json.loads(line) for line in (path / "stats.jsonl").read_text().splitlines()]
+    return rows if timing else [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+def cli(*arguments: str, check: int | None = 0, **popen: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own; `check` is the exit code that is expected."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | popen.pop("env", {})
+    done = subprocess.run(
+        [sys.executable, "-m", "fastambient", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=300, **popen,
+    )  # fmt: skip
+    assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done

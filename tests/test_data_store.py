@@ -15,6 +15,7 @@ from fastambient.data import Store, image_id, image_ids, is_store, open_source, 
 from fastambient.data.shards import ShardedArray, write_npy
 from fastambient.errors import FastambientError, InputError
 from fastambient.files import sha256_file
+from fastambient_kernels.ambient import ambient_noise
 from fastambient_kernels.noise import Stream, normal
 
 RNG = np.random.default_rng(1)
@@ -59,7 +60,8 @@ def test_manifest(tmp_path, source):
     assert manifest["counts"] == {"images": 60, "skipped": 0}
     assert manifest["split"] == {"seed": 3, "train": 54, "holdout": 6, "duplicates": 0}
     on_disk = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
-    assert on_disk == {*manifest["files"], "manifest.json", "noise_seed"}
+    sides = {f"{side}/{name}.npy" for side in ("train", "holdout") for name in ("images-00000", "ids", "labels")}
+    assert set(manifest["files"]) == sides and on_disk == {*sides, "manifest.json", "noise_seed"}
     for name, entry in manifest["files"].items():
         assert entry == {"bytes": (store.path / name).stat().st_size, "sha256": sha256_file(store.path / name)}
 
@@ -121,11 +123,16 @@ def test_noised_copy_is_the_regenerated_one(tmp_path, source, dtype, tolerance):
     store = prepare(source, tmp_path / "store", sigma_tn=1.5, noise_seed=7, noisy=dtype, shard_bytes=7 * 192)
     x_n = store.train.noisy[:]
     assert x_n.dtype == dtype and x_n.shape == store.train.images.shape and store.holdout.noisy is None
-    ids = torch.from_numpy(store.train.ids)
-    noise = normal(ids, 192, seed=7, stream=Stream.FIXED, dtype=torch.float64).view(-1, 3, 8, 8)
-    expected = torch.from_numpy(store.train.images[:]).double() / 127.5 - 1 + 1.5 * noise
-    error = (torch.from_numpy(x_n).double() - expected).abs() / expected.abs().clamp(min=1)
-    assert error.max() < tolerance
+    ids, images = torch.from_numpy(store.train.ids), torch.from_numpy(store.train.images[:])
+    noise = normal(ids, 192, seed=7, stream=Stream.FIXED).view(-1, 3, 8, 8)
+    expected = images / 127.5 - 1 + 1.5 * noise
+    scale = expected.abs().clamp(min=1)
+    assert ((torch.from_numpy(x_n) - expected).abs() / scale).max() < tolerance
+    # and what the training step makes of it: at sigma = sigma_tn there is no fresh noise
+    step = {"sigma_tn": 1.5, "sigma_data": 0.5, "noise_seed": store.noise_seed, "run_seed": 0}
+    batch = (images, ids, None, torch.arange(len(ids)), torch.full((len(ids),), 1.5))
+    made, read = (ambient_noise(*batch, x_n=x, **step).net_input for x in (None, torch.from_numpy(x_n)))
+    assert ((made - read).abs() * (1.5**2 + 0.5**2) ** 0.5 / scale).max() < tolerance
     assert abs(float((x_n - (store.train.images[:] / 127.5 - 1)).std()) - 1.5) < 0.05
 
 
@@ -176,7 +183,9 @@ def test_duplicates_never_straddle(tmp_path):
 
 def test_counts_that_duplicates_forbid(tmp_path):
     pairs = array_source(tmp_path, np.repeat(IMAGES[:10], 2, axis=0))
-    with pytest.raises(InputError, match="--train 7 would put copies .* 20 images of 10 distinct pictures; pass 6 instead"):
+    with pytest.raises(
+        InputError, match=r"--train 7 would put copies .* 20 images of 10 distinct pictures; pass 6 instead"
+    ):
         prepare(pairs, tmp_path / "store", train=7)
     store = prepare(pairs, tmp_path / "store")
     assert (len(store.train), len(store.holdout)) == (18, 2)

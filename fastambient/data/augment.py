@@ -7,7 +7,7 @@ Karras et al. 2022, appendix F.2 (from Karras et al., "Training Generative Adver
 
     map                  parameters                             labels                 index
     x-flip               a in {0, 1}                            a                      0
-    y-flip               b in {0, 1}                            b                      1
+    y-flip               b in {0, 1}, a coin when enabled       b                      1
     scale by 2^(0.2 c)   c ~ N(0, 1)                            c                      2
     rotation by theta    theta ~ U(-pi, pi)                     cos theta - 1, sin     3, 4
     stretch by 2^(0.2 d) d ~ N(0, 1), direction phi ~ U(-pi,pi) d cos phi, d sin phi   5, 6

@@ -5,6 +5,8 @@ Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generati
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ class EDMDenoiser(nn.Module):
         self.network = network
         self.sigma_data = float(sigma_data)
         self.label_dim = label_dim
+        self.metadata: dict[str, Any] = {}  # of the weights file it was loaded from
 
     def forward(
         self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, augment_labels: Tensor | None = None

@@ -52,7 +52,7 @@ def evaluate_run(
     out : where the metrics go; None for metrics.json in the run
     name : of the run in its report; None for the folder's
 
-    Writes metrics.json (or `out`), and into the run: samples/evaluation.png, samples/nearest.png, report.html.
+    Writes metrics.json (or `out`), and into the run: evaluation.png, nearest.png, report.html.
 
     Raises
     ------
@@ -94,10 +94,9 @@ def evaluate_run(
         },
     )  # fmt: skip
     write_json(out or run.metrics, metrics)
-    run.samples.mkdir(exist_ok=True)
     overview = grid(pictures[:_GRID])
-    save_png(run.samples / "evaluation.png", overview)
-    save_png(run.samples / "nearest.png", gallery(pictures, neighbours, train, _PAIRS))
+    save_png(path / "evaluation.png", overview)
+    save_png(path / "nearest.png", gallery(pictures, neighbours, train, _PAIRS))
     report = RunReport(
         name=name or path.resolve().name,
         sigma_tn=settings.noise.sigma_tn or 0.0,

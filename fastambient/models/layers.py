@@ -148,8 +148,8 @@ class GroupNorm(nn.Module):
         self.groups, self.eps = min(32, channels // 4), eps
         if self.groups == 0 or channels % self.groups:
             raise InputError(
-                f"a layer has {channels} channels, which norm groups cannot share equally; choose model.model_channels and "
-                "model.channel_mult so that all widths are multiples of 4, and of 32 from 128 on"
+                f"a layer has {channels} channels, which norm groups cannot share equally; choose model.model_channels "
+                "and model.channel_mult so that all widths are multiples of 4, and of 32 from 128 on"
             )
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -272,8 +272,9 @@ class UNetBlock(nn.Module):
         self.heads = 0 if not attention else 1 if s.channels_per_head is None else out_channels // s.channels_per_head
         if self.heads and out_channels % self.heads:
             raise InputError(
-                f"{self.heads} attention heads cannot share {out_channels} channels equally; choose model.model_channels "
-                f"and model.channel_mult so that widths with attention are multiples of {s.channels_per_head}"
+                f"{self.heads} attention heads cannot share {out_channels} channels equally; choose "
+                "model.model_channels and model.channel_mult so that widths with attention are multiples of "
+                f"{s.channels_per_head}"
             )
         resampling = {"resample": resample, "resample_filter": s.resample_filter}
         self.norm0 = GroupNorm(in_channels, s.eps)

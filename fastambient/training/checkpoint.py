@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, whole or absent, checked before they are used.
 
-    checkpoints/nimg-000000064000/state.safetensors   model.*, ema.*, optimizer.*
-                                 /state.json          nimg, sizes of the logs, sums that are still open
-                                 /SHA256SUMS          of both, in the usual text form
+checkpoints/nimg-000000064000/state.safetensors   model.*, ema.*, optimizer.*
+                             /state.json          nimg, sizes of the logs, sums that are still open
+                             /SHA256SUMS          of both, in the usual text form
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, ValueError, SafetensorError) as error:
         raise CorruptCheckpoint(str(error)) from None
     if state.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path} has checkpoint format {state.get('format_version')}, this version reads {FORMAT_VERSION}")
+        raise InputError(
+            f"{path} has checkpoint format {state.get('format_version')}, this version reads {FORMAT_VERSION}"
+        )
     return tensors, state
 
 

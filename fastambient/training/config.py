@@ -110,7 +110,9 @@ class Settings:
     def tree(self) -> dict[str, dict[str, Any]]:
         """Plain sections of plain values, as YAML and JSON hold them."""
         plain = dataclasses.asdict(self)
-        return {s: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for s, values in plain.items()}
+        return {
+            s: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for s, values in plain.items()
+        }
 
     def with_values(self, tree: Mapping[str, Any], *, where: str) -> Settings:
         """A copy with the values of a (partial) tree, each checked against its type.
@@ -270,7 +272,9 @@ def check(settings: Settings) -> None:
     finite("training.lr", t.lr, above=0)
     finite("training.lr_rampup_kimg", t.lr_rampup_kimg, least=0)
     finite("training.ema_halflife_kimg", t.ema_halflife_kimg, least=0)
-    need(t.ema_rampup_ratio is None or t.ema_rampup_ratio > 0, "training.ema_rampup_ratio", t.ema_rampup_ratio, "above 0")
+    need(
+        t.ema_rampup_ratio is None or t.ema_rampup_ratio > 0, "training.ema_rampup_ratio", t.ema_rampup_ratio, "above 0"
+    )
     need(0 <= t.beta1 < 1 and 0 <= t.beta2 < 1, "training.beta1/beta2", (t.beta1, t.beta2), "in [0, 1)")
     finite("training.eps", t.eps, above=0)
     finite("training.weight_decay", t.weight_decay, least=0)

@@ -239,7 +239,11 @@ def train(path: Path, world: World, *, resume: bool) -> None:
     resumed = resume and trainer.restore()
     if world.first:
         message, warning = share_message(
-            n.sigma_tn or 0.0, resolution=trainer.store.resolution, P_mean=n.P_mean, P_std=n.P_std, weighting=n.weighting
+            n.sigma_tn or 0.0,
+            resolution=trainer.store.resolution,
+            P_mean=n.P_mean,
+            P_std=n.P_std,
+            weighting=n.weighting,
         )
         parameters = sum(p.numel() for p in trainer.network.parameters())
         say(f"{path}: {s.model.preset}, {parameters:,} parameters, {len(trainer.store.train):,} training images of "

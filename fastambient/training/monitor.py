@@ -66,7 +66,9 @@ def peak_memory(device: torch.device) -> int:
 class Monitor:
     """Writes the logs of rank 0. `sizes` of the last checkpoint cut off what a killed run logged after it."""
 
-    def __init__(self, run: RunFolder, *, nimg: int, total_nimg: int, device: torch.device, sizes: dict[str, int]) -> None:
+    def __init__(
+        self, run: RunFolder, *, nimg: int, total_nimg: int, device: torch.device, sizes: dict[str, int]
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         truncate(run.stats, sizes.get("stats", 0))

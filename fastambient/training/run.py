@@ -1,13 +1,13 @@
 """The run folder: where everything of a run lies, and the lock that keeps a second writer out.
 
-    config.yaml         the whole settings tree
-    noise_seed          the secret of the noise contract, readable by its owner only; never exported
-    store/              the prepared data set, where the run was started from a SOURCE
-    stats.jsonl         one object per optimizer step
-    sigma_loss.jsonl    loss per noise level, one object per checkpoint
-    checkpoints/        nimg-000000064000/ ...
-    model.safetensors   EMA weights, self-contained
-    samples/  metrics.json  tensorboard/
+config.yaml         the whole settings tree
+noise_seed          the secret of the noise contract, readable by its owner only; never exported
+store/              the prepared data set, where the run was started from a SOURCE
+stats.jsonl         one object per optimizer step
+sigma_loss.jsonl    loss per noise level, one object per checkpoint
+checkpoints/        nimg-000000064000/ ...
+model.safetensors   EMA weights, self-contained
+samples/  metrics.json  tensorboard/
 """
 
 from __future__ import annotations

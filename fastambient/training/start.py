@@ -102,13 +102,17 @@ def plan(request: TrainRequest) -> Plan:
     if t.batch % t.ranks:
         raise InputError(f"--batch {t.batch} does not divide among {t.ranks} ranks; use a multiple of {t.ranks}")
     if t.batch_gpu and (t.batch // t.ranks) % t.batch_gpu:
-        raise InputError(f"training.batch_gpu {t.batch_gpu} does not divide a rank's share of {t.batch // t.ranks} images")
+        raise InputError(
+            f"training.batch_gpu {t.batch_gpu} does not divide a rank's share of {t.batch // t.ranks} images"
+        )
     with torch.device("meta"):  # a network that cannot be built is found before anything is written
         models.build(network_config(settings, channels=data.channels, num_classes=data.num_classes))
     return Plan(settings, data, request.noise_seed)
 
 
-def _agree_with_store(settings: Settings, store: Store, *, asked_sigma_tn: float | None, noise_seed: int | None) -> Settings:
+def _agree_with_store(
+    settings: Settings, store: Store, *, asked_sigma_tn: float | None, noise_seed: int | None
+) -> Settings:
     """The command line wins, except over noise that is already in the pictures."""
     if store.manifest["noisy"] == "none":
         if asked_sigma_tn is None and store.sigma_tn is not None:
@@ -122,7 +126,9 @@ def _agree_with_store(settings: Settings, store: Store, *, asked_sigma_tn: float
             " prepare another store, or leave the option out"
         )
     if noise_seed is not None and noise_seed != store.noise_seed:
-        raise InputError(f"--noise-seed: the noised copy in {store.path} was made with another seed; leave the option out")
+        raise InputError(
+            f"--noise-seed: the noised copy in {store.path} was made with another seed; leave the option out"
+        )
     return settings.with_values(
         {"noise": {"sigma_tn": store.sigma_tn}, "data": {"noisy": store.manifest["noisy"]}}, where=str(store.path)
     )
@@ -130,8 +136,7 @@ def _agree_with_store(settings: Settings, store: Store, *, asked_sigma_tn: float
 
 def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
     """Write the run folder in one step: store (for a SOURCE), settings, noise seed. Nothing is left after an error."""
-    refuse_existing(out, force=force)
-    with new_folder(out, force=force) as folder:
+    with new_folder(out, force=force, marker="config.yaml") as folder:
         run = RunFolder(folder)
         d, n = plan.settings.data, plan.settings.noise
         if isinstance(plan.data, Store):
@@ -184,7 +189,11 @@ def start(path: Path, *, resume: bool = False, ranks: int | None = None, device:
 
 def _finished(run: RunFolder, settings: Settings) -> bool:
     done = checkpoint.checkpoints(run.checkpoints)
-    return bool(done) and int(done[-1].name.removeprefix("nimg-")) >= settings.training.kimg * 1000 and run.weights.is_file()
+    return (
+        bool(done)
+        and int(done[-1].name.removeprefix("nimg-")) >= settings.training.kimg * 1000
+        and run.weights.is_file()
+    )
 
 
 def _rank(path: str, device: str, resume: bool) -> int:
@@ -211,6 +220,7 @@ def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None
     """Create a run and train it; under torchrun, on the ranks that are there."""
     out = out or RunFolder.new_name()
     if not inside_launcher():
+        refuse_existing(out, force=force, marker="config.yaml")  # before the data is opened
         start(create_run(plan(request), out, force=force))
         return
     _under_torchrun(lambda: create_run(plan(request), out, force=force), resume=False)

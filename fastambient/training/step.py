@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,9 @@ class TrainingStep:
         self.num_classes, self.noise_seed = num_classes, noise_seed
         batch = settings.training.batch
         if batch % world.size:
-            raise InputError(f"a batch of {batch} does not divide among {world.size} ranks; use a multiple of {world.size}")
+            raise InputError(
+                f"a batch of {batch} does not divide among {world.size} ranks; use a multiple of {world.size}"
+            )
         self.share = batch // world.size
         self.micro = settings.training.batch_gpu or self.share
         if self.share % self.micro:
@@ -105,7 +108,9 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(nimg + t.batch, t.batch)
-        return StepResult(float(bins[0].sum()) / t.batch, lr, norm, bad, float(totals[-2]) / t.batch, bool(totals[-1] > 0))
+        return StepResult(
+            float(bins[0].sum()) / t.batch, lr, norm, bad, float(totals[-2]) / t.batch, bool(totals[-1] > 0)
+        )
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma [N], loss [N]) of the global batch's `positions` (int64 [N])."""
@@ -115,7 +120,7 @@ class TrainingStep:
         images, flips, augment_labels = self._augmented(batch, sigma)
         # Fresh noise is the fixed noise of an image that is new at every draw.
         ids, noise_seed = (batch.ids, self.noise_seed) if n.mode == "fixed" else (positions, t.seed)
-        keywords = {
+        keywords: dict[str, Any] = {
             "sigma_tn": n.sigma_tn, "sigma_data": n.sigma_data, "noise_seed": noise_seed, "run_seed": t.seed,
             "x_n": batch.x_n if n.mode == "fixed" else None,
         }  # fmt: skip

@@ -1,0 +1,287 @@
+"""The command line as a user meets it: contracts, help, and every error as one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import TINY, cli, read_stats
+from PIL import Image
+
+from fastambient import cli as command_line
+
+SMALL = [item for a in (*TINY, "training.batch=8", "training.sample_kimg=0") for item in ("--set", a)]
+
+
+def run(*arguments, capsys):
+    """(exit code, stdout, stderr) of the command line in this process."""
+    with pytest.raises(SystemExit) as ended:
+        command_line.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return ended.value.code, out, err
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("prepare", ["SOURCE", "--resolution", "--sigma-tn", "--noise-seed", "--train", "--holdout", "--split-seed", "--noisy", "--on-bad-image", "1.5*R/64", "pixels"]),
+        ("train", ["--data", "--out", "--preset", "--config", "--sigma-tn", "--gpus", "--processes", "--kimg", "thousands of images", "--batch", "--seed", "--noise-seed", "--precision", "--checkpoint-kimg", "--set", "--dry-run", "--force", "--resume", "[default: digits]"]),
+        ("sample", ["--seeds", "--out", "--class", "--steps", "--batch"]),
+        ("evaluate", ["--samples", "--num", "--out", "RUN/metrics.json"]),
+        ("info", ["--json"]),
+        ("quickstart", ["--out", "runs/quickstart"]),
+    ],
+)  # fmt: skip
+def test_help_names_every_option_with_units_and_defaults(command, words, capsys):
+    code, out, _ = run(command, "--help", capsys=capsys)
+    text = " ".join(out.split())
+    assert code == 0
+    assert not [w for w in words if w not in text]
+
+
+def test_info_json(capsys):
+    code, out, err = run("info", "--json", capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and not err
+    assert found["versions"]["torch"] and found["operators"]["ambient_loss"] == "reference"
+
+
+BAD = [
+    (["train", "--bogus"], "No such option: --bogus"),
+    (["train", "--kimg", "many"], "'--kimg'"),
+    (["train", "--preset", "digit"], "unknown preset 'digit'; nearest: digits"),
+    (["train", "--set", "training.lrr=1"], "nearest: lr"),
+    (["train", "--sigma-tn", "-1"], "sigma_tn must lie between 0"),
+    (["train", "--sigma-tn", "nan"], "sigma_tn must lie between 0"),
+    (["train", "--sigma-tn", "inf"], "sigma_tn must lie between 0"),
+    (["train", "--sigma-tn", "81"], "sigma_max = 80"),
+    (["train", "--gpus", "99"], "GPUs"),
+    (["train", "--gpus", "-1"], "--gpus must be 0"),
+    (["train", "--gpus", "0", "--processes", "2"], "exclude each other"),
+    (["train", "--processes", "0"], "--processes must be 1 or more"),
+    (["train", "--processes", "3", "--batch", "8"], "--batch 8 does not divide among 3 ranks"),
+    (["train", "--batch", "0"], "training.batch must be 1 or more"),
+    (["train", "--precision", "fp16"], "fp16"),
+    (["train", "--data", "nowhere"], "'nowhere'"),
+    (["train", "--data", "model.pkl"], "nothing"),
+    (["train", "--config", "none.yaml"], "cannot read the settings file none.yaml"),
+    (["train", "--resume", "nothing"], "there is no run folder nothing"),
+    (["train", "--resume", "taken", "--kimg", "3"], "leave out --kimg"),
+    (["train", "--out", "taken", "--force"], "holds no config.yaml, so it is not replaced"),
+    (["train", "--out", "deep/er/run", "--set", "data.train=9999"], "1,797"),
+    (["train", "--out", "taken"], "the folder taken exists and is not empty"),
+    (["prepare", "digits", "--out", "taken"], "the folder taken exists and is not empty"),
+    (["prepare", "digits", "--out", "new", "--sigma-tn", "nan"], "sigma_tn"),
+    (["prepare", "digits", "--out", "new", "--train", "9999"], "1,797"),
+    (["prepare", "digits"], "--out"),
+    (["prepare", "empty", "--out", "new"], "empty"),
+    (["sample", "nothing", "--seeds", "0", "--out", "new"], "no run or weights file nothing"),
+    (["sample", "model.pkl", "--seeds", "0", "--out", "new"], "never loaded"),
+    (["sample", "taken", "--seeds", "0", "--out", "new"], "holds no model.safetensors"),
+    (["sample", "taken", "--seeds", "x", "--out", "new"], "--seeds"),
+    (["evaluate", "nothing"], "there is no run folder nothing"),
+    (["evaluate", "taken"], "no run folder"),
+    (["quickstart", "--out", "taken"], "the folder taken exists and is not empty"),
+    (["frobnicate"], "frobnicate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "kept.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.pkl").write_bytes(b"cos\nsystem\n")
+    if message == "nothing":
+        message = "pickle"
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert message in err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "kept.txt", "model.pkl", "taken"]
+
+
+def test_long_errors_are_not_wrapped_outside_a_terminal(tmp_path):
+    name = "x" * 300
+    done = cli("train", "--data", name, check=2, env={"COLUMNS": "40"})
+    assert done.stderr.count("\n") == 1 and name in done.stderr and done.stderr.startswith("error: ")
+
+
+def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
+    """prepare -> train -> sample -> evaluate on a folder of real digits as PNG files."""
+    from sklearn.datasets import load_digits
+
+    monkeypatch.chdir(tmp_path)
+    digits = load_digits()
+    for i in range(60):
+        folder = tmp_path / "pictures" / f"digit{digits.target[i]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[i] * 255 / 16).round().astype(np.uint8)).save(folder / f"{i:03d}.png")
+    code, out, _ = run(
+        "prepare", "pictures", "--out", "store", "--train", 40, "--holdout", 20, "--sigma-tn", 0.2, capsys=capsys
+    )
+    assert code == 0 and "40 training and 20 held-out images of 1x8x8" in out
+    code, out, err = run("train", "--data", "store", "--out", "run", "--kimg", 0.08, *SMALL, capsys=capsys)
+    assert code == 0 and "sigma_tn 0.2: 63.4% of the draws" in err
+    code, out, _ = run("sample", "run", "--seeds", "0-3,100", "--out", "samples", "--steps", 3, capsys=capsys)
+    assert code == 0
+    assert sorted(p.name for p in (tmp_path / "samples").glob("seed*")) == [
+        f"seed{s:09d}.png" for s in (0, 1, 2, 3, 100)
+    ]
+    code, out, _ = run("evaluate", "run", "--num", 20, capsys=capsys)
+    assert code == 0 and "copy rate" in out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"train": 40, "holdout": 20, "samples": 20}.items() <= metrics["counts"].items()
+    assert {"value", "reference", "train_vs_reference"} <= metrics["frechet"]["pixel"].keys()
+    assert {"threshold", "rate", "ci95", "holdout_rate"} <= metrics["memorization"]["gap_ratio"].keys()
+    assert {"median", "holdout_median"} <= metrics["memorization"]["nearest_distance"].keys()
+    assert metrics["settings"]["sigma_tn"] == 0.2
+    assert (tmp_path / "run" / "nearest.png").is_file() and (tmp_path / "run" / "report.html").is_file()
+    code, _, _ = run("evaluate", "run", "--samples", "samples", "--out", "other.json", capsys=capsys)
+    assert code == 0 and json.loads((tmp_path / "other.json").read_text())["counts"]["samples"] == 5
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics, "--out leaves metrics.json alone"
+    # a second run with a config.yaml of the first has the same losses
+    code, _, _ = run("train", "--config", "run/config.yaml", "--out", "again", capsys=capsys)
+    assert code == 0 and read_stats(tmp_path / "again") == read_stats(tmp_path / "run")
+
+
+def wait_for_lines(path, lines, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.exists() and path.read_text().count("\n") >= lines:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not reach {lines} lines")
+
+
+def spawn(*arguments, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastambient", *map(str, arguments)], cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_with_a_checkpoint_and_the_line_that_resumes(tmp_path, signum, code):
+    child = spawn("train", "--gpus", 0, "--out", "run", "--kimg", 80, *SMALL, cwd=tmp_path)
+    wait_for_lines(tmp_path / "run" / "stats.jsonl", 5)
+    child.send_signal(signum)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == code, err
+    assert "resume with: fastambient train --resume run" in err and "Traceback" not in err
+    nimg = read_stats(tmp_path / "run")[-1]["nimg"]
+    assert (tmp_path / "run" / "checkpoints" / f"nimg-{nimg:012d}").is_dir()
+
+
+@pytest.mark.slow
+def test_sigkill_at_a_random_moment_then_resume_is_bit_for_bit(tmp_path):
+    import random
+
+    from test_training_run import assert_same, contents
+
+    common = ["--gpus", 0, "--kimg", 1.6, "--checkpoint-kimg", 0.2, "--noise-seed", 3, "--sigma-tn", 0.2, *SMALL]
+    cli("train", "--out", "whole", *common, cwd=tmp_path)
+    moments = random.Random()
+    kills = 0
+    for attempt in range(3):
+        name = f"run{attempt}"
+        child = spawn("train", "--out", name, *common, cwd=tmp_path)
+        wait_for_lines(tmp_path / name / "stats.jsonl", moments.randrange(1, 180))
+        child.kill()
+        child.communicate()
+        kills += child.returncode == -signal.SIGKILL
+        cli("train", "--resume", name, cwd=tmp_path)
+        assert_same(contents(tmp_path / "whole"), contents(tmp_path / name))
+    assert kills, "every run was finished before it was killed"
+
+
+@pytest.mark.slow
+def test_one_and_two_ranks_agree(tmp_path):
+    common = ["--kimg", 0.4, "--checkpoint-kimg", 0.2, "--noise-seed", 3, "--sigma-tn", 0.2, *SMALL]
+    cli("train", "--out", "one", "--processes", 1, *common, cwd=tmp_path)
+    done = cli("train", "--out", "two", "--processes", 2, *common, cwd=tmp_path)
+    assert "2 rank(s) on cpu" in done.stderr and "Traceback" not in done.stderr
+    one, two = (read_stats(tmp_path / name) for name in ("one", "two"))
+    assert [r["nimg"] for r in one] == [r["nimg"] for r in two] and len(one) == 50
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), a["nimg"]
+        assert a["ambient_share"] == b["ambient_share"], "the ranks drew other numbers"
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
+    # and a run may go on with another number of ranks
+    two_more = tmp_path / "two"
+    for later in sorted((two_more / "checkpoints").iterdir())[1:]:
+        import shutil
+
+        shutil.rmtree(later)
+    cli("train", "--resume", "two", "--processes", 1, cwd=tmp_path)
+    assert len(read_stats(two_more)) == 50
+
+
+def children_of(pid):
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    fields = re.sub(r"\(.*\)", "x", file.read()).split()
+            except OSError:
+                continue
+            if int(fields[3]) == pid and fields[2] != "Z":
+                found.append(int(entry))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and prctl")
+def test_ranks_end_with_their_parent(tmp_path):
+    child = spawn("train", "--processes", 2, "--out", "run", "--kimg", 800, *SMALL, cwd=tmp_path)
+    wait_for_lines(tmp_path / "run" / "stats.jsonl", 3)
+    ranks = children_of(child.pid)
+    assert len(ranks) >= 2
+    child.kill()
+    child.wait()
+    end = time.monotonic() + 10
+    while time.monotonic() < end and any(os.path.exists(f"/proc/{p}") and p in alive() for p in ranks):
+        time.sleep(0.1)
+    assert not [p for p in ranks if p in alive()]
+    cli("train", "--resume", "run", "--processes", 1, "--set", "x", check=2, cwd=tmp_path)  # the lock is free again
+
+
+def alive():
+    out = set()
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    if re.sub(r"\(.*\)", "x", file.read()).split()[2] != "Z":
+                        out.add(int(entry))
+            except OSError:
+                continue
+    return out
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together(tmp_path):
+    child = spawn("train", "--processes", 2, "--out", "run", "--kimg", 800, *SMALL, cwd=tmp_path)
+    wait_for_lines(tmp_path / "run" / "stats.jsonl", 3)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=90)
+    assert child.returncode == 143, err
+    assert "resume with: fastambient train --resume run" in err and "Traceback" not in err
+    nimg = read_stats(tmp_path / "run")[-1]["nimg"]
+    assert (tmp_path / "run" / "checkpoints" / f"nimg-{nimg:012d}").is_dir()

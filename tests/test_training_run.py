@@ -1,0 +1,252 @@
+"""Whole runs in this process: what they write, and resuming bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import threading
+
+import pytest
+import torch
+from conftest import make_run, read_stats, train_here
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fastambient.data.sources import open_source
+from fastambient.data.store import prepare
+from fastambient.errors import FastambientError, InputError
+from fastambient.sampling import load
+from fastambient.training import checkpoint, loop
+from fastambient.training.loop import Interrupted, crosses
+from fastambient.training.run import RunFolder
+from fastambient.training.start import TrainRequest, create_run, describe, plan, start
+
+
+def contents(path):
+    """Everything that must not depend on how often a run was interrupted."""
+    state = checkpoint.checkpoints(path / "checkpoints")[-1]
+    return (
+        *(
+            {k: v.clone() for k, v in load_file(f).items()}
+            for f in (state / "state.safetensors", path / "model.safetensors")
+        ),
+        read_stats(path),
+        (path / "sigma_loss.jsonl").read_text(),
+    )
+
+
+def assert_same(a, b):
+    for one, two in zip(a[:2], b[:2], strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert a[2:] == b[2:]
+
+
+def test_a_run_holds_what_it_should(tmp_path):
+    path = make_run(tmp_path / "run", "training.sample_kimg=0.16", "sampling.steps=2", "noise.sigma_tn=0.2")
+    train_here(path)
+    stats = read_stats(path, timing=True)
+    assert [row["nimg"] for row in stats] == list(range(8, 161, 8))
+    for key in ("loss", "lr", "grad_norm", "images_per_second", "ambient_share", "nonfinite_grads"):
+        assert all(isinstance(row[key], (int, float)) for row in stats)
+    assert [p.name for p in checkpoint.checkpoints(path / "checkpoints")] == ["nimg-000000000080", "nimg-000000000160"]
+    rows = RunFolder(path).read_sigma_loss()
+    assert [r["nimg"] for r in rows] == [80, 160]
+    assert all(sum(b["draws"] for b in r["bins"]) == 80 for r in rows)
+    total = sum(b["draws"] * b["loss"] for b in rows[0]["bins"] if b["draws"])
+    assert total == pytest.approx(8 * sum(row["loss"] for row in stats[:10]), rel=1e-6)
+    assert (path / "samples" / "grid-000000000160.png").stat().st_size > 1000
+    assert list((path / "tensorboard").iterdir())
+    denoiser = load(path)
+    assert denoiser.metadata["nimg"] == 160 and denoiser.metadata["noise"]["sigma_tn"] == 0.2
+    assert RunFolder(path).read_settings().data.train == 100
+
+
+def test_the_noise_seed_stays_secret(tmp_path):
+    seed = 0xDEADBEEF12345678
+    path = make_run(tmp_path / "run", noise_seed=seed)
+    train_here(path)
+    assert RunFolder(path).read_noise_seed() == seed
+    for name in ("noise_seed", "store/noise_seed"):
+        assert stat.S_IMODE((path / name).stat().st_mode) == 0o600
+    forms = [f"{seed:x}".encode(), str(seed).encode(), seed.to_bytes(8, "little"), seed.to_bytes(8, "big")]
+    for file in path.rglob("*"):
+        if file.is_file() and file.name != "noise_seed":
+            data = file.read_bytes()
+            assert not any(form in data for form in forms), f"{file} holds the noise seed"
+    with safe_open(path / "model.safetensors", "pt") as weights:
+        assert str(tmp_path) not in json.dumps(weights.metadata()), "exported weights must not hold paths"
+
+
+def test_resume_from_every_checkpoint_is_bit_for_bit(tmp_path):
+    common = ("model.dropout=0.2", "data.xflip=true", "noise.sigma_tn=0.2", "training.keep_checkpoints=9")
+    whole = make_run(tmp_path / "whole", "training.checkpoint_kimg=0.04", *common)
+    train_here(whole)
+    for keep in (0, 1, 2):
+        cut = tmp_path / f"cut{keep}"
+        shutil.copytree(whole, cut)
+        for later in checkpoint.checkpoints(cut / "checkpoints")[keep:]:
+            shutil.rmtree(later)  # killed before it was written; its log lines were
+        train_here(cut, resume=True)
+        assert_same(contents(whole), contents(cut))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_the_rest_is_bit_for_bit(tmp_path, signum, monkeypatch):
+    whole = make_run(tmp_path / "whole")
+    train_here(whole)
+    path = make_run(tmp_path / "run")
+    calls = []
+
+    def step(self, nimg, **keywords):
+        calls.append(nimg)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signum)
+        return original(self, nimg, **keywords)
+
+    original = loop.TrainingStep.__call__
+    monkeypatch.setattr(loop.TrainingStep, "__call__", step)
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as stopped:
+        train_here(path)
+    assert stopped.value.exit_code == 128 + signum
+    assert f"fastambient train --resume {path}" in str(stopped.value)
+    assert signal.getsignal(signum) == before, "the handler was not put back"
+    assert 48 < checkpoint.load_latest(path / "checkpoints")[1]["nimg"] < 80, "not a regular checkpoint"
+    train_here(path, resume=True)
+    assert_same(contents(whole), contents(path))
+
+
+def test_a_corrupt_checkpoint_costs_only_time(tmp_path, capsys):
+    path = make_run(tmp_path / "run")
+    train_here(path)
+    expected = contents(path)
+    file = checkpoint.checkpoints(path / "checkpoints")[-1] / "state.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 255
+    file.write_bytes(data)
+    train_here(path, resume=True)
+    assert "corrupt" in capsys.readouterr().err
+    assert_same(expected, contents(path))
+
+
+def test_resume_of_nothing_finished_or_unfinished(tmp_path, capsys):
+    with pytest.raises(InputError, match="there is no run folder"):
+        start(tmp_path / "none", resume=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no run folder: it holds no config"):
+        start(tmp_path / "empty", resume=True)
+    path = make_run(tmp_path / "run")
+    start(path, resume=True)  # killed before the first checkpoint: starts over
+    assert "from the start" in capsys.readouterr().err
+    stats = read_stats(path)
+    start(path, resume=True)
+    assert "is finished" in capsys.readouterr().err
+    assert read_stats(path) == stats
+    with pytest.raises(InputError, match="batch of 8 does not divide among 3 ranks"):
+        start(path, resume=True, ranks=3)
+
+
+def test_one_writer(tmp_path):
+    path = make_run(tmp_path / "run")
+    with RunFolder(path).lock(), pytest.raises(InputError, match="another process is training"):
+        start(path)
+
+
+def test_nothing_is_left_of_a_run_that_could_not_start(tmp_path):
+    bad = [
+        {"assignments": ["data.train=99999"]},
+        {"assignments": ["data.use_labels=true"], "data": str(tmp_path / "x.npy")},
+        {"data": str(tmp_path / "missing")},
+        {"noise_seed": -1},
+        {"noise_seed": 2**64},
+        {"preset": "nope"},
+        {"assignments": ["model.channel_mult=[1,1,1,1,1,1]"]},
+    ]
+    import numpy as np
+
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8))
+    for request in bad:
+        with pytest.raises(InputError):
+            create_run(plan(TrainRequest(**request)), tmp_path / "run")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npy"], request
+
+
+def test_stores_and_the_command_line(tmp_path):
+    source = open_source("digits")
+    plain = prepare(source, tmp_path / "plain", sigma_tn=0.3, noise_seed=5)
+    noisy = prepare(source, tmp_path / "noisy", sigma_tn=0.3, noise_seed=5, noisy="float16")
+
+    def settings(store, sigma_tn=None, noise_seed=None):
+        options = {"noise": {"sigma_tn": sigma_tn}} if sigma_tn is not None else {}
+        planned = plan(TrainRequest(data=str(store.path), options=options, noise_seed=noise_seed))
+        return planned.settings
+
+    assert settings(plain).noise.sigma_tn == 0.3, "what it was prepared for is the default"
+    assert settings(plain, sigma_tn=0.4).noise.sigma_tn == 0.4, "the command line wins"
+    assert settings(noisy).data.noisy == "float16" and settings(noisy, 0.3, 5).noise.sigma_tn == 0.3
+    with pytest.raises(InputError, match=r"was made at sigma_tn 0\.3"):
+        settings(noisy, sigma_tn=0.4)
+    with pytest.raises(InputError, match="made with another seed"):
+        settings(noisy, noise_seed=6)
+    with pytest.raises(InputError, match="holds 100; prepare another"):
+        plan(TrainRequest(data=str(plain.path), assignments=["data.train=50"]))
+    runs = [make_run(tmp_path / f"run-{s.path.name}", data=str(s.path), noise_seed=None) for s in (plain, noisy)]
+    assert [RunFolder(r).read_noise_seed() for r in runs] == [5, 5]
+    assert not (runs[0] / "store").exists(), "a store is used where it lies"
+    losses = []
+    for run in runs:
+        train_here(run)
+        losses.append([row["loss"] for row in read_stats(run)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2), "the precomputed copy gives the same training"
+    assert losses[0] != losses[1]
+
+
+def test_class_conditional_and_labels_dropped(tmp_path):
+    path = make_run(tmp_path / "run", "data.use_labels=true", "model.label_dropout=0.2")
+    train_here(path)
+    assert load(path).label_dim == 10
+
+
+def test_dry_run_says_what_it_would_cost(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = describe(TrainRequest(data="digits", assignments=["training.kimg=1"]))
+    assert "422,353 parameters" in text and "GiB a rank" in text and "for 1 kimg" in text
+    assert "sigma_tn 0.1875: 65.4%" in text and "model_channels: 24" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_crossings_are_a_function_of_nimg():
+    marks = [nimg for nimg in range(8, 400, 8) if crosses(nimg, 8, 0.1)]
+    assert marks == [104, 200, 304]
+    assert not crosses(1000, 8, 0)
+
+
+def test_a_full_disk_ends_with_the_last_good_checkpoint(tmp_path, monkeypatch):
+    path = make_run(tmp_path / "run")
+    writes = []
+
+    def save_file(tensors, file):
+        writes.append(file)
+        if len(writes) > 1:
+            raise OSError(28, "No space left on device")
+        real(tensors, file)
+
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(FastambientError, match=r"No space left.*nimg-000000000080"):
+        train_here(path)
+    monkeypatch.undo()
+    train_here(path, resume=True)
+    assert len(read_stats(path)) == 20
+
+
+def test_training_works_outside_the_main_thread(tmp_path):
+    path = make_run(tmp_path / "run", "training.kimg=0.016")
+    thread = threading.Thread(target=train_here, args=(path,))
+    thread.start()
+    thread.join()
+    assert len(read_stats(path)) == 2

@@ -1,0 +1,146 @@
+"""The parts of a step: EMA, learning rate, clean-up, and independence of micro-batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import make_run
+from torch import nn
+
+from fastambient.errors import InputError
+from fastambient.training.config import TrainingSettings
+from fastambient.training.distributed import World
+from fastambient.training.ema import EMA
+from fastambient.training.loop import Trainer
+from fastambient.training.optimizer import build_optimizer, clean_gradients, learning_rate
+from fastambient.training.run import RunFolder
+
+
+def test_ema_has_its_half_life():
+    layer = nn.Linear(3, 2)
+    ema = EMA(layer, halflife_nimg=100, rampup_ratio=None)
+    start = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    for k in range(10):
+        ema.update(1000 + 10 * k, 10)
+    torch.testing.assert_close(ema.weights[0], start + 0.5, rtol=1e-5, atol=1e-6)
+
+
+def test_ema_ramps_up_and_can_be_off():
+    layer = nn.Linear(1, 1)
+    assert EMA(layer, halflife_nimg=5e5, rampup_ratio=0.05).beta(1000, 50) == pytest.approx(0.5)
+    assert EMA(layer, halflife_nimg=5e5, rampup_ratio=0.05).beta(10**9, 500_000) == pytest.approx(0.5)
+    off = EMA(layer, halflife_nimg=0, rampup_ratio=None)
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+    off.update(8, 8)
+    assert off.weights[0].item() == 3.0
+
+
+def test_learning_rate_ramp():
+    t = TrainingSettings(lr=2e-4, lr_rampup_kimg=10)
+    assert [learning_rate(n, t) for n in (0, 5000, 10_000, 10**6)] == [0, 1e-4, 2e-4, 2e-4]
+    assert learning_rate(1, TrainingSettings(lr=1e-3, lr_rampup_kimg=0)) == 1e-3
+
+
+def test_gradients_are_cleaned_and_counted():
+    g = [torch.tensor([3.0, 4.0]), torch.tensor([12.0])]
+    assert clean_gradients(g) == (13.0, 0)
+    bad = [torch.tensor([math.nan, math.inf, -math.inf, 2.0]), torch.tensor([1.0])]
+    norm, count = clean_gradients(bad)
+    assert count == 3 and math.isfinite(norm)
+    assert bad[0].tolist() == [0.0, 1e5, -1e5, 2.0] and bad[1].tolist() == [1.0]
+
+
+def test_optimizers_are_torchs():
+    layer = nn.Linear(2, 2)
+    assert type(build_optimizer(layer, TrainingSettings())) is torch.optim.Adam
+    adamw = build_optimizer(layer, TrainingSettings(optimizer="adamw", weight_decay=0.1, beta2=0.99))
+    assert type(adamw) is torch.optim.AdamW
+    assert adamw.param_groups[0]["weight_decay"] == 0.1 and adamw.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+def gradients(path, *assignments):
+    """(gradients of the first step, its result) of a run with these settings."""
+    trainer = Trainer(RunFolder(make_run(path, *assignments)), World())
+    seen = []
+    trainer.optimizer.step = lambda: seen.extend(p.grad.clone() for p in trainer.network.parameters())
+    for parameter in trainer.network.parameters():  # zero-initialised layers would hide the rest
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    result = trainer.step(64)
+    return seen, result
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_accumulation_changes_nothing_but_rounding(tmp_path, dropout):
+    """Every draw, dropout masks too, is a function of the position in the global batch."""
+    common = (f"model.dropout={dropout}", "noise.sigma_tn=0.2")
+    whole, one = gradients(tmp_path / "whole", *common)
+    parts, two = gradients(tmp_path / "parts", "training.batch_gpu=2", *common)
+    assert one.loss == pytest.approx(two.loss, rel=1e-6) and one.ambient_share == two.ambient_share
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item() + 1e-12)
+
+
+def test_batches_must_divide(tmp_path):
+    with pytest.raises(InputError, match=r"batch_gpu 3 does not divide"):
+        make_run(tmp_path / "r", "training.batch_gpu=3")
+    with pytest.raises(InputError, match=r"--batch 8 does not divide among 3 ranks"):
+        make_run(tmp_path / "r", "training.ranks=3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_is_near_fp32_with_float32_masters(tmp_path):
+    fp32, one = gradients(tmp_path / "a")
+    bf16, two = gradients(tmp_path / "b", "training.precision=bf16")
+    assert one.loss == pytest.approx(two.loss, rel=0.02)
+    assert all(g.dtype == torch.float32 for g in bf16)
+    norm = lambda gs: torch.cat([g.flatten() for g in gs])  # noqa: E731
+    assert torch.nn.functional.cosine_similarity(norm(fp32), norm(bf16), dim=0) > 0.99
+
+
+def test_augmentation_leaves_the_ambient_regime_alone(tmp_path):
+    """Clean draws are warped, ambient ones only mirrored together with their noise; `reference` warps both."""
+    common = ("training.augment=1", "noise.sigma_tn=0.2", "training.batch=64")
+    trainer = Trainer(RunFolder(make_run(tmp_path / "a", *common)), World())
+    batch = trainer.step.loader.batch(torch.arange(64))
+    sigma = torch.tensor([0.1, 0.5]).repeat(32)
+    images, flips, labels = trainer.step._augmented(batch, sigma)
+    x0 = batch.images.float() / 127.5 - 1
+    assert torch.equal(images[1::2], x0[1::2]), "an ambient image was warped"
+    assert (images[::2] != x0[::2]).flatten(1).any(1).float().mean() > 0.9
+    assert torch.equal(flips, batch.flips) and 10 < flips.sum() < 54
+    assert torch.equal(labels[:, 0], flips.float()) and not labels[1::2, 1:].any()
+    leaking = Trainer(RunFolder(make_run(tmp_path / "b", *common, "training.augment_ambient=reference")), World())
+    images, flips, _ = leaking.step._augmented(batch, sigma)
+    assert not flips.any() and (images != x0).flatten(1).any(1).float().mean() > 0.9
+
+
+def test_fresh_noise_is_new_at_every_draw_and_fixed_is_not(tmp_path):
+    for mode in ("fixed", "fresh"):
+        trainer = Trainer(RunFolder(make_run(tmp_path / mode, f"noise.mode={mode}", "noise.sigma_tn=80")), World())
+        seen = []
+
+        class Spy(nn.Module):
+            def forward(self, x, *args, seen=seen, **kwargs):
+                seen.append(x)
+                return torch.zeros_like(x, requires_grad=True)
+
+        trainer.step.parallel = Spy()
+        loader = trainer.step.loader.batch
+        first = loader(torch.arange(8))
+        # the same images at other positions, at sigma = sigma_tn, where no fresh noise is added
+        import fastambient.training.step as step
+
+        original, step.draw_sigma = step.draw_sigma, lambda positions, **_: torch.full((8,), 80.0)
+        try:
+            for shift in (0, 1000):
+                moved = torch.arange(8) + shift
+                trainer.step.loader.batch = lambda p: type(first)(first.images, first.ids, first.flips, None, p, None)
+                trainer.step.forward(moved)
+        finally:
+            step.draw_sigma = original
+        assert torch.equal(seen[0], seen[1]) == (mode == "fixed")
