@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from fastambient.console import duration, say
+from fastambient.console import duration, progress, say
 from fastambient.errors import FastambientError
 from fastambient.evaluation.report import write_report
 from fastambient.evaluation.run import evaluate_run, print_table
@@ -18,13 +20,24 @@ from fastambient.training.distributed import die_with_parent
 MODELS = (("edm", 0.0), ("ambient", 0.2))
 
 
-def train_side_by_side(runs: list[tuple[Path, list[str]]]) -> None:
-    """Run ``fastambient train --out PATH ARGUMENTS`` for all at once, the cores divided among them.
+def _images_seen(run: Path) -> int:
+    """nimg of the last step that a run has logged."""
+    try:
+        with open(run / "stats.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            return int(json.loads(file.read().rsplit(b"\n", 2)[-2])["nimg"])
+    except (OSError, IndexError, ValueError, KeyError):
+        return 0  # not started, or a line that is being written
+
+
+def train_side_by_side(runs: list[tuple[Path, list[str]]], *, nimg: int) -> None:
+    """Run ``fastambient train --out PATH ARGUMENTS`` for all at once, the cores divided among them; `nimg` images each.
 
     Raises
     ------
     FastambientError : one failed; the others are ended
     """
+    logs = [tempfile.TemporaryFile("w+") for _ in runs]  # noqa: SIM115
     threads = str(max(1, (os.cpu_count() or 1) // len(runs)))
     environment = os.environ | {"OMP_NUM_THREADS": threads}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # each is a run of its own, whatever started this one
@@ -34,18 +47,27 @@ def train_side_by_side(runs: list[tuple[Path, list[str]]]) -> None:
             [sys.executable, "-m", "fastambient", "train", "--gpus", "0", "--out", str(path), *arguments],
             env=environment,
             preexec_fn=die_with_parent,
+            stdout=log,
+            stderr=log,
         )
-        for path, arguments in runs
+        for (path, arguments), log in zip(runs, logs, strict=True)
     ]
     try:
-        while any(child.poll() is None for child in children):
-            if any(child.poll() for child in children):
-                break
-            time.sleep(0.2)
-        for child, (path, _) in zip(children, runs, strict=True):
+        with progress("training both", nimg * len(runs)) as advance:
+            seen = 0
+            while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+                now = sum(_images_seen(path) for path, _ in runs)
+                advance(now - seen)
+                seen = now
+                time.sleep(0.5)
+        for child, (path, _), log in zip(children, runs, logs, strict=True):
             if child.poll():
-                raise FastambientError(f"training {path} failed with exit code {child.returncode}")
+                log.seek(0)
+                last = (log.read().strip().splitlines() or ["it said nothing"])[-1]
+                raise FastambientError(f"training {path} failed with exit code {child.returncode}: {last}")
     finally:
+        for log in logs:
+            log.close()
         for child in children:
             if child.poll() is None:
                 child.terminate()
@@ -64,10 +86,20 @@ def quickstart(out: Path, *, force: bool = False, kimg: float = 64, num: int = 1
     """
     refuse_existing(out, force=force)
     began = time.monotonic()
-    common = ["--data", "digits", "--kimg", f"{kimg:g}", "--seed", str(seed), *(["--force"] if force else [])]
+    common = [
+        "--data",
+        "digits",
+        "--kimg",
+        f"{kimg:g}",
+        "--seed",
+        str(seed),
+        "--set",
+        f"training.sample_kimg={kimg / 2:g}",
+        *(["--force"] if force else []),
+    ]
     say(f"training EDM and the ambient model on 100 digits, {kimg:g} kimg each")
     runs = [(out / name, [*common, "--sigma-tn", f"{sigma_tn:g}"]) for name, sigma_tn in MODELS]
-    train_side_by_side(runs)
+    train_side_by_side(runs, nimg=round(kimg * 1000))
     evaluated = [
         evaluate_run(path, num=num, name=f"{path.name} (sigma_tn {s:g})")
         for (path, _), (_, s) in zip(runs, MODELS, strict=True)

@@ -61,11 +61,13 @@ def export(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> No
 
 
 def weights_file(path: Path) -> Path:
-    """The weights of a run folder, or the file itself."""
+    """The weights of a run folder or of a checkpoint inside it, or the file itself."""
     if path.suffix in (".pkl", ".pt", ".pth", ".ckpt"):
         raise InputError(
             f"{path}: pickled weights are never loaded, because loading them can run code; use .safetensors"
         )
+    if (path / "state.safetensors").is_file():
+        return path / "state.safetensors"
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
@@ -78,7 +80,9 @@ def weights_file(path: Path) -> Path:
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> EDMDenoiser:
-    """The denoiser of a run folder or a model.safetensors, in evaluation mode; its ``metadata`` says how it was made.
+    """The denoiser of a run folder, a checkpoint folder or a model.safetensors, in evaluation mode.
+
+    Its weights are the run's EMA; its ``metadata`` says how it was made.
 
     Raises
     ------
@@ -87,16 +91,21 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> EDMDenoiser
     file = weights_file(Path(path))
     try:
         with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise InputError(
-                    f"{file} was not written by fastambient (format {header.get('format')!r}, need {FORMAT!r})"
-                )
-            metadata = {k: json.loads(v) for k, v in header.items() if k != "format"}
-            shapes = {k: list(opened.get_slice(k).get_shape()) for k in opened.keys()}  # noqa: SIM118
+            names = {k: k for k in opened.keys()}  # noqa: SIM118
+            if file.name == "state.safetensors":  # a checkpoint: EMA weights, and the buffers, which have no EMA
+                metadata = json.loads((file.parent / "state.json").read_text())["weights_metadata"]
+                ema = {k.removeprefix("ema."): k for k in names if k.startswith("ema.")}
+                names = {k.removeprefix("model."): k for k in names if k.startswith("model.")} | ema
+            else:
+                header = opened.metadata() or {}
+                if header.get("format") != FORMAT:
+                    told = header.get("format")
+                    raise InputError(f"{file} was not written by fastambient (format {told!r}, need {FORMAT!r})")
+                metadata = {k: json.loads(v) for k, v in header.items() if k != "format"}
+            shapes = {k: list(opened.get_slice(name).get_shape()) for k, name in names.items()}
             network = _empty_network(file, metadata, shapes)
-            state = {k: opened.get_tensor(k) for k in shapes}
-    except (SafetensorError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            state = {k: opened.get_tensor(name) for k, name in names.items()}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged or no safetensors file: {error}") from None
     network.load_state_dict(state, assign=True)
     denoiser = EDMDenoiser(network, sigma_data=metadata["sigma_data"], label_dim=metadata["network"]["label_dim"])

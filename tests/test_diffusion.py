@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -34,7 +35,7 @@ def test_heun_equals_the_recorded_sampler(steps):
 def test_steps_run_from_sigma_max_to_sigma_min_to_zero():
     t = sigma_steps(18)
     assert t[0] == pytest.approx(80) and t[17] == pytest.approx(0.002) and t[18] == 0
-    assert all(a > b for a, b in zip(t, t[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(t))
     with pytest.raises(ValueError, match="at least 2 steps"):
         sigma_steps(1)
 

@@ -47,7 +47,7 @@ def test_corrupt_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, name
 def test_all_corrupt_is_an_error(tmp_path):
     path = checkpoint.save(tmp_path, 100, TENSORS, {}, keep=1)
     (path / "state.json").write_text("{}")
-    with pytest.raises(FastambientError, match="every checkpoint in .* is corrupt"):
+    with pytest.raises(FastambientError, match=r"every checkpoint in .* is corrupt"):
         checkpoint.load_latest(tmp_path)
 
 

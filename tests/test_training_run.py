@@ -61,6 +61,8 @@ def test_a_run_holds_what_it_should(tmp_path):
     assert (path / "samples" / "grid-000000000160.png").stat().st_size > 1000
     assert list((path / "tensorboard").iterdir())
     denoiser = load(path)
+    last = load(path / "checkpoints" / "nimg-000000000160").state_dict()
+    assert all(torch.equal(v, last[k]) for k, v in denoiser.state_dict().items())
     assert denoiser.metadata["nimg"] == 160 and denoiser.metadata["noise"]["sigma_tn"] == 0.2
     assert RunFolder(path).read_settings().data.train == 100
 

@@ -101,7 +101,8 @@ def share_message(
     if _LOW_SHARE <= share <= _HIGH_SHARE:
         return message, None
     too = "few" if share < _LOW_SHARE else "many"
-    hint = f"that is {too}: too low or too high a sigma_tn turns back into plain EDM; 1.5*R/64 is {default_sigma_tn(resolution):g} here"
+    hint = f"that is {too}: too low or too high a sigma_tn turns back into plain EDM;"
+    hint += f" 1.5*R/64 is {default_sigma_tn(resolution):g} here"
     if too == "few" and resolution > 64:
         hint += ", and above 64 pixels a larger noise.P_mean is needed, too"
     return message, hint

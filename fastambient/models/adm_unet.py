@@ -70,8 +70,8 @@ class DhariwalUNet(nn.Module):
         super().__init__()
         check_sizes(
             img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, augment_dim=augment_dim,
-            model_channels=model_channels, channel_mult=channel_mult, num_blocks=num_blocks, dropout=dropout,
-            label_dropout=label_dropout,
+            model_channels=model_channels, channel_mult=channel_mult, channel_mult_emb=channel_mult_emb,
+            num_blocks=num_blocks, dropout=dropout, label_dropout=label_dropout,
         )  # fmt: skip
         self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
         self.num_blocks = num_blocks

@@ -333,8 +333,8 @@ def one_hot_or_zeros(labels: Tensor | None, like: Tensor, label_dim: int) -> Ten
 
 def check_sizes(
     *, img_resolution: int, img_channels: int, label_dim: int, augment_dim: int, model_channels: int,
-    channel_mult: Sequence[int], num_blocks: int, dropout: float, label_dropout: float,
-    resample_filter: Sequence[float] = (1, 1),
+    channel_mult: Sequence[int], channel_mult_emb: int, num_blocks: int, dropout: float, label_dropout: float,
+    channel_mult_noise: int = 1, resample_filter: Sequence[float] = (1, 1),
 ) -> None:  # fmt: skip
     """What both networks ask of their numbers.
 
@@ -345,9 +345,14 @@ def check_sizes(
     for name, value, least in (
         ("img_resolution", img_resolution, 1), ("img_channels", img_channels, 1), ("label_dim", label_dim, 0),
         ("augment_dim", augment_dim, 0), ("model_channels", model_channels, 4), ("num_blocks", num_blocks, 1),
+        ("channel_mult_emb", channel_mult_emb, 1), ("channel_mult_noise", channel_mult_noise, 1),
     ):  # fmt: skip
         if not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}")
+    if model_channels % 2:
+        raise InputError(
+            f"model_channels must be even, for as many cosines as sines in the embedding, got {model_channels}"
+        )
     if not channel_mult or any(not isinstance(m, int) or m < 1 for m in channel_mult):
         raise InputError(f"channel_mult must hold one whole number of 1 or more a level, got {channel_mult!r}")
     halvings = 2 ** (len(channel_mult) - 1)

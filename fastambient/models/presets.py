@@ -91,7 +91,7 @@ _DIGITS_TRAINING: Section = {
     "augment": 0.0,
     "precision": "fp32",
 }
-_SMALL_TRAINING: Section = {**_DIGITS_TRAINING, "kimg": 500, "lr": 5e-4, "lr_rampup_kimg": 10}
+_SMALL_TRAINING: Section = {**_DIGITS_TRAINING, "kimg": 500, "lr_rampup_kimg": 10}
 
 
 def _preset(
@@ -111,7 +111,9 @@ PRESETS: dict[str, dict[str, Section]] = {
     "small16": _preset({**_DDPMPP, **_SMALL, "channel_mult": [1, 2, 2]}, _SMALL_TRAINING, 18),
     "small32": _preset({**_DDPMPP, **_SMALL, "channel_mult": [1, 2, 3]}, {**_SMALL_TRAINING, "kimg": 400}, 18),
     "small64": _preset(
-        {**_DDPMPP, **_SMALL, "channel_mult": [1, 2, 3, 4]}, {**_SMALL_TRAINING, "kimg": 200, "batch": 32}, 40
+        {**_DDPMPP, **_SMALL, "channel_mult": [1, 2, 3, 4]},
+        {**_SMALL_TRAINING, "batch": 32, "kimg": 200, "lr": 5e-4},
+        40,
     ),
     "cifar10-ddpmpp": _preset({**_DDPMPP, **_CIFAR10}, _CIFAR10_TRAINING, 18, noise=_NOISE),
     "cifar10-ncsnpp": _preset({**_NCSNPP, **_CIFAR10}, _CIFAR10_TRAINING, 18, noise=_NOISE),

@@ -90,8 +90,9 @@ class SongUNet(nn.Module):
         super().__init__()
         check_sizes(
             img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, augment_dim=augment_dim,
-            model_channels=model_channels, channel_mult=channel_mult, num_blocks=num_blocks, dropout=dropout,
-            label_dropout=label_dropout, resample_filter=resample_filter,
+            model_channels=model_channels, channel_mult=channel_mult, channel_mult_emb=channel_mult_emb,
+            channel_mult_noise=channel_mult_noise, num_blocks=num_blocks, dropout=dropout, label_dropout=label_dropout,
+            resample_filter=resample_filter,
         )  # fmt: skip
         _check_choice("embedding_type", embedding_type, ("positional", "fourier"))
         _check_choice("encoder_type", encoder_type, ("standard", "skip", "residual"))
@@ -101,8 +102,6 @@ class SongUNet(nn.Module):
         self.resolutions = [img_resolution >> level for level in range(len(channel_mult))]
         widths = [model_channels * mult for mult in channel_mult]
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
-        if noise_channels % 4:
-            raise InputError(f"model_channels * channel_mult_noise must be a multiple of 4, got {noise_channels}")
         style = BlockStyle(
             emb_channels=emb_channels, init=_INIT, init_zero=_INIT_ZERO, init_attn=_INIT_ATTN, dropout=dropout,
             channels_per_head=None, adaptive_scale=False, resample_proj=True, skip_scale=math.sqrt(0.5), eps=_EPS,

@@ -6,6 +6,7 @@ before the run starts, so that config.yaml holds no unknown.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -177,10 +178,8 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
     if kind is float:
         # YAML 1.1 reads 1e-3 (no dot) as text; people write it all the time.
         if isinstance(value, str):
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     elif kind is int:

@@ -55,5 +55,5 @@ def estimate_run(settings: Settings, *, channels: int, num_classes: int) -> str:
     total = t.kimg * 1000 / (images / seconds) / t.ranks
     return (
         f"{parameters:,} parameters; about {memory / 2**30:.2f} GiB a rank ({micro} images at once);"
-        f" about {duration(total)} for {t.kimg:g} kimg on {t.ranks} rank(s), by the time of {images} images measured now"
+        f" about {duration(total)} for {t.kimg:g} kimg on {t.ranks} rank(s), scaled from {images} images timed now"
     )

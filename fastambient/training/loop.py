@@ -124,7 +124,7 @@ class Trainer:
             "seconds": self.seconds,
             "log_sizes": self.monitor.sizes(),
             "sigma_loss": self.sigma_loss.sums.tolist(),
-            "settings": self.settings.tree(),
+            "weights_metadata": self.metadata(),
         }
         keep = self.settings.training.keep_checkpoints
         checkpoint.save(self.run.checkpoints, self.nimg, tensors, state, keep=keep)

@@ -73,8 +73,8 @@ class Monitor:
 
         truncate(run.stats, sizes.get("stats", 0))
         truncate(run.sigma_loss, sizes.get("sigma_loss", 0))
-        self.stats = open(run.stats, "a", buffering=1, encoding="utf-8")
-        self.sigma_loss = open(run.sigma_loss, "a", buffering=1, encoding="utf-8")
+        self.stats = open(run.stats, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self.sigma_loss = open(run.sigma_loss, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self.writer = SummaryWriter(str(run.tensorboard), purge_step=nimg, flush_secs=30)
         self.total_nimg, self.device = total_nimg, device
         self.line_time, self.line_nimg = time.monotonic(), nimg

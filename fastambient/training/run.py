@@ -89,7 +89,7 @@ class RunFolder:
             return int(text, 16)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{self._noise_seed} cannot be used ({error}): without the noise seed the fixed noise cannot be continued"
+                f"{self._noise_seed} cannot be used ({error}): without it the fixed noise cannot be continued"
             ) from None
 
     def read_stats(self) -> list[dict[str, Any]]:
