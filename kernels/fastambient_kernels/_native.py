@@ -1,0 +1,52 @@
+"""Load the compiled libraries that lie beside this file, each in its own try, and say why one is not there.
+
+    libfastambient_cpu.so    all operators in C++ (torch.ops.fastambient_native)
+    libfastambient_cuda.so   AdamEMA in CUDA C++
+
+FASTAMBIENT_NATIVE=off (FASTAMBIENT_CUDA=off) leaves them unloaded, =on makes a missing one an error.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+LIBRARIES = {"cpu": ("libfastambient_cpu.so", "FASTAMBIENT_NATIVE"), "cuda": ("libfastambient_cuda.so", "FASTAMBIENT_CUDA")}
+
+
+@cache
+def load(kind: str) -> str | None:
+    """Load the library of a kind ("cpu" or "cuda"); None if it is loaded, else why not.
+
+    Raises
+    ------
+    RuntimeError : its environment variable is "on", and it cannot be loaded
+    """
+    name, variable = LIBRARIES[kind]
+    wanted = os.environ.get(variable, "auto")
+    if wanted == "off":
+        return f"switched off by {variable}=off"
+    if kind == "cuda" and not torch.cuda.is_available():
+        reason = "there is no CUDA device"
+    elif not (_HERE / name).is_file():
+        reason = f"{name} was not built (no compiler, CMake or torch when fastambient was installed)"
+    else:
+        try:
+            torch.ops.load_library(str(_HERE / name))
+            return None
+        except (OSError, RuntimeError) as error:
+            reason = f"{name} cannot be loaded: {' '.join(str(error).split())}"
+    if wanted == "on":
+        raise RuntimeError(f"{variable}=on: {reason}")
+    return reason
+
+
+def missing(operator: str) -> str | None:
+    """Why the CPU library cannot run an operator, or None."""
+    if reason := load("cpu"):
+        return reason
+    return None if hasattr(torch.ops.fastambient_native, operator) else f"the library holds no {operator}"

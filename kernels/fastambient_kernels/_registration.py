@@ -1,0 +1,122 @@
+"""One registered boundary for every fast path, and one place that chooses among implementations.
+
+Each public function takes ``impl="auto|reference|triton|native"``:
+
+    reference   plain torch, any device, float64-capable: what the others are tested against
+    triton      Triton kernels: CUDA and ROCm devices, or a CPU under TRITON_INTERPRET=1
+    native      C++ on the CPU (``libfastambient_cpu.so``), float32 and bfloat16
+
+"auto" takes native on a CPU and triton on a GPU where they are there, and says once for each operator what it took;
+FASTAMBIENT_IMPL replaces "auto" by a name. A named implementation that is not available is an error, never a
+fall-back.
+
+Fast paths are operators of ``torch.ops.fastambient`` made by `register`: a schema, one function for all devices, and
+a fake for tracing; an ``autograd.Function`` around them gives gradients. That traces under ``fullgraph=True`` and costs
+a few microseconds a call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastambient_kernels import _native
+
+IMPLEMENTATIONS = ("auto", "reference", "triton", "native")
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+_library = torch.library.Library("fastambient", "DEF")
+_announced: set[str] = set()
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define ``torch.ops.fastambient.<name>`` from a schema such as ``"f(Tensor x, float eps) -> Tensor"``.
+
+    `run` is its implementation on every device; `fake` gives outputs of the right shape, dtype and strides.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastambient::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastambient, name).default
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why Triton kernels cannot be used at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+def unavailable(operator: str, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why `impl` cannot run `operator` on a device (and, if given, for a dtype); None where it can."""
+    if impl == "reference":
+        return None
+    if impl == "triton":
+        if missing := triton_missing():
+            return missing
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton kernels run on GPUs; on a CPU only interpreted, with TRITON_INTERPRET=1 set before the import"
+        return None
+    if device.type != "cpu":
+        return f"the native library runs on CPUs, not on {device.type}"
+    if missing := _native.missing(operator):
+        return missing
+    if dtype is not None and dtype not in _NATIVE_DTYPES:
+        return f"the native library computes in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The implementation to run: "reference", "triton" or "native".
+
+    Raises
+    ------
+    ValueError : no such implementation
+    RuntimeError : it was asked for by name and is not available here; says why
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "auto":
+        impl = os.environ.get("FASTAMBIENT_IMPL", "auto")
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"FASTAMBIENT_IMPL must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl != "auto":
+        if reason := unavailable(operator, impl, device, dtype):
+            raise RuntimeError(f"{operator}: impl={impl!r} is not available: {reason}")
+        return impl
+    wanted = "native" if device.type == "cpu" else "triton"
+    reason = unavailable(operator, wanted, device, dtype)
+    taken = "reference" if reason else wanted
+    _announce(operator, taken, device, reason)
+    return taken
+
+
+def _announce(operator: str, taken: str, device: torch.device, reason: str | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    key = f"{operator}/{device.type}/{taken}"
+    if key not in _announced:
+        _announced.add(key)
+        if os.environ.get("FASTAMBIENT_QUIET") != "1":
+            why = f" ({reason})" if reason else ""
+            print(f"fastambient_kernels: {operator} on {device.type}: {taken}{why}", file=sys.stderr)
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A 64-bit seed as an int64 tensor with one element: no recompilation when it changes, safe in CUDA graphs."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"a seed tensor must be int64 with one element, got {seed.dtype} {list(seed.shape)}")
+        return seed.to(device)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"a seed must fit in 64 bits, got {seed}")
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
