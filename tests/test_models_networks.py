@@ -139,13 +139,13 @@ def test_norm_has_its_own_epsilon_groups_and_modulation():
     torch.testing.assert_close(norm(1e-3 * x, add=add, scale=scale, shift=shift), y * y.sigmoid())
 
 
-def test_norm_statistics_are_float32_in_low_precision():
-    """A mean of 64 with a deviation of 1: bfloat16 statistics would be off by a quarter."""
-    x = (64 + torch.randn(2, 8, 16, 16)).bfloat16()
+def test_norm_works_in_float32_on_low_precision():
+    """A mean of 64 with a deviation of 1: bfloat16 would keep steps of a quarter."""
+    x, add = torch.randn(2, 8, 16, 16).bfloat16(), torch.full((2, 8), 64.0).bfloat16()
     norm = GroupNorm(8, 1e-6)
-    y = norm(x, silu=False)
+    y = norm(x, add=add, silu=False)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), norm(x.float(), silu=False), rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(y.float(), norm(x.float(), add=add.float(), silu=False), rtol=2**-8, atol=1e-6)
 
 
 def test_positional_embedding_runs_from_1_to_1_over_10000():

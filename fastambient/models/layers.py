@@ -48,7 +48,6 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, init: Init, *, bias: bool = True) -> None:
         super().__init__()
-        self.in_features = in_features
         fans = (in_features, out_features)
         self.weight = nn.Parameter(init.draw((out_features, in_features), init.weight, *fans))
         self.bias = nn.Parameter(init.draw((out_features,), init.bias, *fans)) if bias else None
@@ -350,9 +349,7 @@ def check_sizes(
         if not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}")
     if model_channels % 2:
-        raise InputError(
-            f"model_channels must be even, for as many cosines as sines in the embedding, got {model_channels}"
-        )
+        raise InputError(f"model_channels must be even (half of the embedding are sines), got {model_channels}")
     if not channel_mult or any(not isinstance(m, int) or m < 1 for m in channel_mult):
         raise InputError(f"channel_mult must hold one whole number of 1 or more a level, got {channel_mult!r}")
     halvings = 2 ** (len(channel_mult) - 1)

@@ -261,6 +261,9 @@ def train(path: Path, world: World, *, resume: bool) -> None:
 def _notes(s: Settings) -> list[str]:
     """What a user should hear once before a run that is not what it seems."""
     notes = []
+    t = s.training
+    if t.precision == "bf16" and t.device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        notes.append("precision bf16: this CPU has no bfloat16 units, so float32 is many times faster here")
     if s.noise.mode == "fresh" and s.noise.sigma_tn:
         notes.append("noise.mode fresh: new noise at every draw undoes the method, its minimiser is plain EDM's")
     if s.training.augment > 0 and s.noise.sigma_tn:

@@ -1,0 +1,273 @@
+"""The operators against what people write without them, in one run.
+
+    python benchmarks/kernels.py [--quick] [--device cpu|cuda] [--json FILE]
+
+Competitors: ``eager`` (the formulas as one writes them), ``fused-torch`` (torch's own fused pieces), ``compile``
+(torch.compile of eager; not with --quick). A competitor whose result differs by more than the tolerance ends the
+benchmark: no time is reported for a wrong answer. ``of floor`` is useful bytes a second over the copy rate of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import protocol
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastambient_kernels import ambient_loss, ambient_noise
+from fastambient_kernels.adam_ema import AdamEMA
+from fastambient_kernels.group_norm_silu import group_norm_silu
+
+SIGMA_TN, SIGMA_DATA = 1.5, 0.5
+
+
+def need(agreement: float, tolerance: float, what: str) -> float:
+    if not agreement <= tolerance:
+        raise SystemExit(f"{what}: results differ by {agreement:.2e}, allowed {tolerance:.0e}; no time is reported")
+    return agreement
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+
+
+def eager_noise_loss(
+    images: Tensor,
+    flips: Tensor,
+    sigma: Tensor,
+    network: Callable[[Tensor], Tensor],
+    noises: list[Tensor] | None = None,
+) -> Tensor:
+    """The two-regime loss as one writes it from the formulas: two draws, masks, D, target, both losses."""
+    x0 = images.float() / 127.5 - 1
+    x0 = torch.where(flips[:, None, None, None], x0.flip(3), x0)
+    fixed, fresh = noises or [torch.randn_like(x0), torch.randn_like(x0)]
+    s = sigma[:, None, None, None]
+    ambient = (s >= SIGMA_TN).float()
+    x_n = x0 + SIGMA_TN * fixed
+    q = (s**2 - SIGMA_TN**2).clamp(min=0).sqrt()
+    x = (1 - ambient) * (x0 + s * fresh) + ambient * (x_n + q * fresh)
+    h2 = s**2 + SIGMA_DATA**2
+    c_skip, c_out, c_in = SIGMA_DATA**2 / h2, s * SIGMA_DATA / h2.sqrt(), 1 / h2.sqrt()
+    D = c_skip * x + c_out * network(c_in * x)
+    r = SIGMA_TN**2 / s**2
+    weight = h2 / (s * SIGMA_DATA) ** 2
+    clean_loss = weight * (D - x0) ** 2
+    ambient_loss_ = weight * ((1 - r) * D + r * x - x_n) ** 2
+    return ((1 - ambient) * clean_loss + ambient * ambient_loss_).sum((1, 2, 3))
+
+
+def noise_loss(
+    device: torch.device, rate: float, shape: tuple[int, ...], *, rounds: int, compiled: bool
+) -> list[protocol.Row]:
+    g = torch.Generator().manual_seed(0)
+    n = shape[0]
+    images = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8).to(device)
+    ids = torch.randint(-(2**62), 2**62, (n,), generator=g).to(device)
+    positions, flips = torch.arange(n, device=device), (torch.arange(n) % 2 == 0).to(device)
+    sigma = torch.exp(torch.randn(n, generator=g) * 1.2 - 1.2).to(device)
+    sigma[: n // 4] = SIGMA_TN * (1.1 + torch.arange(n // 4, device=device))  # both regimes, away from the boundary
+    raw = torch.randn(shape, generator=g).to(device).requires_grad_()  # stands for the network's output
+    data = (images, ids, flips, positions, sigma)
+    keywords = {"sigma_tn": SIGMA_TN, "sigma_data": SIGMA_DATA, "noise_seed": 1, "run_seed": 2}
+
+    def ours() -> Tensor:
+        raw.grad = None
+        ambient_noise(*data, **keywords)
+        loss = ambient_loss(raw, *data, **keywords)
+        loss.sum().backward()
+        return loss
+
+    def eager(noises: list[Tensor] | None = None) -> Tensor:
+        raw.grad = None
+        loss = eager_noise_loss(images, flips, sigma, lambda x: raw, noises)
+        loss.sum().backward()
+        return loss
+
+    from fastambient_kernels.noise import Stream, normal
+
+    flip = lambda z: torch.where(flips[:, None, None, None], z.flip(3), z)  # noqa: E731
+    numel = images[0].numel()
+    noises = [
+        flip(normal(i, numel, seed=seed, stream=stream).view(shape))
+        for i, seed, stream in ((ids, 1, Stream.FIXED), (positions, 2, Stream.FRESH))
+    ]
+    mine, grad = ours().detach(), raw.grad.clone()
+    theirs = eager(noises).detach()
+    per_sample = ((mine - theirs).abs() / theirs).max().item()
+    agreement = need(max(per_sample, difference(grad, raw.grad)), 1e-3, "noise+loss")
+    works: dict[str, protocol.Work] = {"ours": ours, "eager": eager}
+    if compiled:
+        fast = torch.compile(lambda: eager_noise_loss(images, flips, sigma, lambda x: raw))
+
+        def compiled_work() -> None:
+            raw.grad = None
+            fast().sum().backward()
+
+        works["compile"] = compiled_work
+    times = protocol.interleave(works, rounds=rounds, device=device)
+    useful = images.numel() * (1 + 4 + 1 + 4 + 4)  # image in, input out; image and F in, dF out
+    size = "x".join(map(str, shape))
+    return protocol.rows_of(
+        "noise+loss",
+        "ours",
+        times,
+        useful_bytes=useful,
+        rate=rate,
+        agreement=dict.fromkeys(works, agreement),
+        size=size,
+    )
+
+
+def norms(
+    device: torch.device, rate: float, shape: tuple[int, ...], dtype: torch.dtype, *, rounds: int, compiled: bool
+) -> list[protocol.Row]:
+    g = torch.Generator().manual_seed(0)
+    channels, groups = shape[1], min(32, shape[1] // 4)
+    make = lambda: torch.randn(shape, generator=g).to(device, dtype).contiguous(memory_format=torch.channels_last)  # noqa: E731
+    x, dy = make().requires_grad_(), make()
+    weight = (1 + 0.1 * torch.randn(channels, generator=g)).to(device).requires_grad_()
+    bias = (0.1 * torch.randn(channels, generator=g)).to(device).requires_grad_()
+    leaves = (x, weight, bias)
+
+    def clear() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    def ours() -> Tensor:
+        clear()
+        y = group_norm_silu(x, weight, bias, groups=groups)
+        y.backward(dy)
+        return y
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), 1e-5))
+
+    def eager(f: Callable[..., Tensor] = plain) -> Tensor:
+        clear()
+        y = f(x, weight, bias)
+        y.backward(dy)
+        return y
+
+    mine = [ours().detach(), *(leaf.grad.clone() for leaf in leaves)]
+    theirs = [eager().detach(), *(leaf.grad.clone() for leaf in leaves)]
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    agreement = need(max(difference(a, b) for a, b in zip(mine, theirs, strict=True)), tolerance, "group_norm_silu")
+    works: dict[str, protocol.Work] = {"ours": ours, "eager": eager}
+    if compiled:
+        fast = torch.compile(plain)
+        works["compile"] = lambda: eager(fast)
+    times = protocol.interleave(works, rounds=rounds, device=device)
+    useful = 5 * x.numel() * x.element_size()  # x in, y out; x and dy in, dx out
+    name = f"group_norm_silu-{'fp32' if dtype == torch.float32 else 'bf16'}"
+    size = "x".join(map(str, shape))
+    return protocol.rows_of(
+        name, "ours", times, useful_bytes=useful, rate=rate, agreement=dict.fromkeys(works, agreement), size=size
+    )
+
+
+def parameter_sizes(total: int, tensors: int) -> list[int]:
+    """A network's mix: mostly vectors, and matrices that hold nearly all of the weights."""
+    vectors = tensors * 3 // 5
+    sizes = [256] * vectors
+    matrices = tensors - vectors
+    each = (total - sum(sizes)) // matrices
+    sizes += [each] * (matrices - 1)
+    return [*sizes, total - sum(sizes)]
+
+
+def adam(device: torch.device, rate: float, total: int, tensors: int, *, rounds: int) -> list[protocol.Row]:
+    g = torch.Generator().manual_seed(0)
+    sizes = parameter_sizes(total, tensors)
+    start = [torch.randn(n, generator=g).to(device) for n in sizes]
+    gradients = [0.01 * torch.randn(n, generator=g).to(device) for n in sizes]
+    beta = 0.999
+
+    def parameters() -> list[Tensor]:
+        made = [p.clone().requires_grad_() for p in start]
+        for p, grad in zip(made, gradients, strict=True):
+            p.grad = grad
+        return made
+
+    mine, plain, fused = parameters(), parameters(), parameters()
+    ours_optimizer = AdamEMA(mine, lr=1e-3, emas=1)
+    plain_optimizer = torch.optim.Adam(plain, lr=1e-3, foreach=False, fused=False)
+    fused_optimizer = torch.optim.Adam(fused, lr=1e-3, fused=True)
+    plain_ema, fused_ema = ([p.detach().clone() for p in ps] for ps in (plain, fused))
+
+    def ours() -> None:
+        ours_optimizer.step(ema_betas=(beta,))
+
+    def per_tensor() -> None:
+        for p in plain:
+            torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
+        plain_optimizer.step()
+        for e, p in zip(plain_ema, plain, strict=True):
+            e.copy_(p.detach().lerp(e, beta))
+
+    detached = [p.detach() for p in fused]
+
+    def foreach() -> None:
+        norms = torch._foreach_norm(gradients)  # a finite norm shows that there is nothing to clean up
+        if not torch.stack(norms).isfinite().all():
+            for grad in gradients:
+                torch.nan_to_num_(grad, nan=0, posinf=1e5, neginf=-1e5)
+        fused_optimizer.step()
+        torch._foreach_lerp_(fused_ema, detached, 1 - beta)
+
+    for work in (ours, per_tensor, foreach):
+        for _ in range(2):
+            work()
+    pairs = [*zip(mine, plain, strict=True), *zip(ours_optimizer.emas[0], plain_ema, strict=True)]
+    agreement = need(max(difference(a.detach(), b.detach()) for a, b in pairs), 2e-6, "adam_ema")
+    works: dict[str, protocol.Work] = {"ours": ours, "eager": per_tensor, "fused-torch": foreach}
+    times = protocol.interleave(works, rounds=rounds, device=device)
+    size = f"{total / 1e6:.1f}M/{tensors}"
+    return protocol.rows_of(
+        "adam_ema",
+        "ours",
+        times,
+        useful_bytes=36 * total,
+        rate=rate,
+        agreement=dict.fromkeys(works, agreement),
+        size=size,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="the paper's sizes only, without compile: under 50 s on 2 cores"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: a GPU if there is one)",
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows to FILE")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    rate = protocol.copy_rate(device)
+    print(f"copy rate {rate / 1e9:.1f} GB/s (read + written)")
+    compiled = not arguments.quick
+    rows = []
+    images = [(64, 3, 64, 64)] if arguments.quick else [(64, 1, 8, 8), (64, 3, 32, 32), (64, 3, 64, 64)]
+    maps = [(64, 256, 32, 32)] if arguments.quick else [(64, 24, 8, 8), (64, 128, 16, 16), (64, 256, 32, 32)]
+    weights = [(62_800_000, 547)] if arguments.quick else [(422_353, 119), (62_800_000, 547)]
+    for shape in images:
+        rows += noise_loss(device, rate, shape, rounds=15, compiled=compiled)
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in maps:
+            rows += norms(device, rate, shape, dtype, rounds=7, compiled=compiled)
+    for total, tensors in weights:
+        rows += adam(device, rate, total, tensors, rounds=9)
+    protocol.write(rows, device, json_file=arguments.json, results="kernels-quick" if arguments.quick else "kernels")
+
+
+if __name__ == "__main__":
+    main()

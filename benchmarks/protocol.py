@@ -1,0 +1,146 @@
+"""How every benchmark here measures: correctness first, competitors interleaved, medians with their spread.
+
+A claim is a ratio inside one run. Machines are shared and noisy, so competitors take turns in every round, and the
+copy rate that is the floor of a streaming operator is measured in the same run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; ratio = competitor's time over ours."""
+
+    work: str
+    competitor: str
+    ratio: float
+    ms: float  # ours, median
+    ms_competitor: float
+    spread: float  # (p80 - p20) / p50 of our times
+    floor_fraction: float  # useful bytes a second over the copy rate of this run
+    agreement: float  # largest relative difference of the compared results
+    size: str = ""
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(
+    works: dict[str, Work], *, rounds: int, device: torch.device, seconds: float = 60
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round, after one warm-up each; at least five rounds, then as time allows."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()
+    began = time.perf_counter()
+    for k in range(rounds):
+        if k >= 5 and time.perf_counter() - began > seconds:
+            break
+        for name, work in works.items():
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def copy_rate(device: torch.device, *, megabytes: int = 256, rounds: int = 9) -> float:
+    """Bytes a second, read and written, of a plain tensor copy."""
+    source = torch.ones(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    times = interleave({"copy": lambda: target.copy_(source)}, rounds=rounds, device=device)["copy"]
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def rows_of(
+    work: str,
+    ours: str,
+    times: dict[str, list[float]],
+    *,
+    useful_bytes: float,
+    rate: float,
+    agreement: dict[str, float],
+    size: str,
+) -> list[Row]:
+    """One row for each competitor of `ours`. Its ratio is the median of the rounds' ratios, so that drift cancels."""
+    mine = times[ours]
+    ms = statistics.median(mine) * 1e3
+    spread = (percentile(mine, 0.8) - percentile(mine, 0.2)) / statistics.median(mine)
+    rows = []
+    for name, theirs in times.items():
+        if name != ours:
+            ratio = statistics.median(t / m for t, m in zip(theirs, mine, strict=True))
+            floor = useful_bytes / (ms / 1e3) / rate
+            their_ms = statistics.median(theirs) * 1e3
+            rows.append(Row(work, name, ratio, ms, their_ms, spread, floor, agreement.get(name, 0.0), size))
+    return rows
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a result row must be read with."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_vector_units()}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "numpy", "fastambient"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"device": name, "versions": versions, "date": str(date.today())}
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
+
+
+def _vector_units() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def write(rows: list[Row], device: torch.device, *, json_file: Path | None, results: str) -> None:
+    """Print the table; write the rows to ``benchmarks/results/`` and, if asked for, to a file of the user's."""
+    found = environment(device) | {"rows": [asdict(row) for row in rows]}
+    text = json.dumps(found, indent=1) + "\n"
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{results}-{device.type}.json").write_text(text)
+    if json_file is not None:
+        json_file.write_text(text)
+    print(f"{found['device']}; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}")  # type: ignore[attr-defined]
+    print(
+        f"{'work':<24}{'size':<24}{'against':<14}{'ratio':>7}{'ms':>10}{'theirs':>10}{'spread':>8}{'of floor':>10}{'agreement':>11}"
+    )
+    for r in rows:
+        print(
+            f"{r.work:<24}{r.size:<24}{r.competitor:<14}{r.ratio:>6.2f}x{r.ms:>10.2f}{r.ms_competitor:>10.2f}"
+            f"{r.spread:>8.0%}{r.floor_fraction:>10.2f}{r.agreement:>11.1e}"
+        )
