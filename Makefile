@@ -6,16 +6,19 @@ STAMP  := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 OUT    ?= runs/quickstart
 
-.PHONY: install quickstart test test-slow test-gpu lint format reproduce-digits clean
+SOURCES := $(wildcard kernels/csrc/*/*) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: install quickstart test test-slow test-gpu lint format bench-kernels reproduce-digits clean
 
 install: $(STAMP)
 
 # torch first: native code needs its headers, and a build without isolation finds them.
-$(STAMP): pyproject.toml setup.py
+# The native libraries are built here, where a compiler is; without one the package is pure Python and works.
+$(STAMP): $(SOURCES)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'fastambient needs Python 3.10 or newer, this is ' + sys.version)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q "torch>=2.10" "numpy>=1.26"
+	$(BIN)/python -m pip install -q "torch>=2.10" "numpy>=1.26" ninja
 	$(BIN)/python -m pip install -q --no-build-isolation -e .
 	@touch $@
 
@@ -26,14 +29,19 @@ $(TEST_STAMP): $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/fastambient quickstart --out $(OUT)
 
+# Triton's interpreter must be chosen before triton is imported, so its tests have a process of their own.
 test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow and not gpu" tests/test_triton_*.py
 
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-gpu: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+bench-kernels: $(STAMP)
+	$(BIN)/python benchmarks/kernels.py
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
