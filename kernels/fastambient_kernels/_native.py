@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
-LIBRARIES = {"cpu": ("libfastambient_cpu.so", "FASTAMBIENT_NATIVE"), "cuda": ("libfastambient_cuda.so", "FASTAMBIENT_CUDA")}
+LIBRARIES = {
+    "cpu": ("libfastambient_cpu.so", "FASTAMBIENT_NATIVE"),
+    "cuda": ("libfastambient_cuda.so", "FASTAMBIENT_CUDA"),
+}
 
 
 @cache

@@ -64,7 +64,7 @@ def unavailable(operator: str, impl: str, device: torch.device, dtype: torch.dty
         if missing := triton_missing():
             return missing
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "Triton kernels run on GPUs; on a CPU only interpreted, with TRITON_INTERPRET=1 set before the import"
+            return "Triton kernels run on GPUs; on a CPU only interpreted, under TRITON_INTERPRET=1"
         return None
     if device.type != "cpu":
         return f"the native library runs on CPUs, not on {device.type}"
