@@ -30,6 +30,10 @@ class BuildError(Exception):
     """Why there are no native libraries, in a few words."""
 
 
+class ToolFailed(BuildError):
+    """A tool was there and failed; without CUDA it may not."""
+
+
 def setting(variable: str) -> str:
     value = os.environ.get(variable, "auto")
     if value not in ("auto", "on", "off"):
@@ -57,7 +61,7 @@ def call(what: str, *command: str) -> None:
     try:
         subprocess.run(command, check=True)
     except (subprocess.CalledProcessError, OSError) as error:
-        raise BuildError(f"{what} failed, see its output above (pip shows it with -v)") from error
+        raise ToolFailed(f"{what} failed, see its output above (pip shows it with -v)") from error
 
 
 def compile_into(folder: Path, cuda: str) -> None:
@@ -105,7 +109,7 @@ class CMakeBuild(build_ext):
     def compile(self, cuda: str) -> None:
         try:
             compile_into(self.folder(), cuda)
-        except BuildError as error:
+        except ToolFailed as error:
             if cuda != "auto" or not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
                 raise
             print(f"fastambient: once more without CUDA: {error}", file=sys.stderr)

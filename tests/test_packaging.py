@@ -100,7 +100,9 @@ def test_without_torch_the_wheel_is_pure_and_needs_no_network(tree, tmp_path):
     import setuptools
 
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "setuptools").symlink_to(Path(setuptools.__file__).parent)
+    packages = Path(setuptools.__file__).parents[1]
+    for entry in [packages / "setuptools", packages / "_distutils_hack", *packages.glob("setuptools-*.dist-info")]:
+        (tmp_path / "site" / entry.name).symlink_to(entry)
     script = f"from setuptools import build_meta; print(build_meta.build_wheel({str(tmp_path)!r}))"
     # -S leaves out every site-packages folder.
     done = run(sys.executable, "-S", "-c", script, cwd=tree, PYTHONPATH=str(tmp_path / "site"))

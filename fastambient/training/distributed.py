@@ -118,8 +118,9 @@ def launch(worker: Callable[..., int], arguments: tuple[Any, ...], *, ranks: int
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # their tracebacks; the ranks print what went wrong
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):  # their tracebacks; the ranks print what went wrong
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
     config = LaunchConfig(

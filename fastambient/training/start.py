@@ -207,8 +207,9 @@ def _rank(path: str, device: str, resume: bool) -> int:
         return 0
     except Interrupted as stopped:
         if world.first:
-            say(str(stopped))
-        return stopped.exit_code
+            say(str(stopped).split(";")[0])  # the launching process says how to resume, whatever became of this one
+        leave_world()
+        os._exit(stopped.exit_code)  # a plain return would wait for a launcher that is already shutting down
     except FastambientError as error:
         if world.first:
             print(f"error: {error}", file=sys.stderr, flush=True)
