@@ -22,6 +22,21 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def nan_filled(monkeypatch):
+    """Memory that nobody has written holds NaN: an element that a kernel forgets is seen."""
+
+    def filled(allocate):
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
 def read_safetensors(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of a recorded file in tests/data."""
     with safe_open(DATA / name, "pt") as file:

@@ -9,7 +9,6 @@ FASTAMBIENT_NATIVE=off (FASTAMBIENT_CUDA=off) leaves them unloaded, =on makes a 
 from __future__ import annotations
 
 import os
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ LIBRARIES = {
 }
 
 
-@cache
 def load(kind: str) -> str | None:
     """Load the library of a kind ("cpu" or "cuda"); None if it is loaded, else why not.
 
@@ -48,8 +46,17 @@ def load(kind: str) -> str | None:
     return reason
 
 
+# At import, so that asking costs nothing and torch.compile can look through it.
+_REASON = load("cpu")
+OPERATORS = frozenset(
+    name
+    for name in ("ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema")
+    if _REASON is None and hasattr(torch.ops.fastambient_native, name)
+)
+
+
 def missing(operator: str) -> str | None:
     """Why the CPU library cannot run an operator, or None."""
-    if reason := load("cpu"):
-        return reason
-    return None if hasattr(torch.ops.fastambient_native, operator) else f"the library holds no {operator}"
+    if operator in OPERATORS:
+        return None
+    return _REASON or f"the library holds no {operator}"

@@ -21,7 +21,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 from fastambient_kernels import _native
 
 IMPLEMENTATIONS = ("auto", "reference", "triton", "native")
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_FAST_DTYPES = (torch.float32, torch.bfloat16)
 
 _library = torch.library.Library("fastambient", "DEF")
 _announced: set[str] = set()
@@ -48,31 +47,24 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     return getattr(torch.ops.fastambient, name).default
 
 
-@cache
-def triton_missing() -> str | None:
-    """Why Triton kernels cannot be used at all, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return None
+_TRITON_MISSING = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
 def unavailable(operator: str, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why `impl` cannot run `operator` on a device (and, if given, for a dtype); None where it can."""
     if impl == "reference":
         return None
+    if dtype is not None and dtype not in _FAST_DTYPES:
+        return f"fast paths compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if impl == "triton":
-        if missing := triton_missing():
-            return missing
+        if _TRITON_MISSING:
+            return _TRITON_MISSING
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton kernels run on GPUs; on a CPU only interpreted, under TRITON_INTERPRET=1"
         return None
     if device.type != "cpu":
         return f"the native library runs on CPUs, not on {device.type}"
-    if missing := _native.missing(operator):
-        return missing
-    if dtype is not None and dtype not in _NATIVE_DTYPES:
-        return f"the native library computes in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return None
+    return _native.missing(operator)
 
 
 def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:

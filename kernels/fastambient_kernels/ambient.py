@@ -27,11 +27,12 @@ A flip acts on y and eps together: the noise moves with the image. Element indic
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastambient_kernels._registration import choose, register, seed_tensor
 from fastambient_kernels.noise import Stream, normal
 
 WEIGHTINGS = ("paper", "unit")
@@ -96,16 +97,28 @@ def _per_sample(value: Tensor) -> Tensor:
 
 
 def _check(
-    images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor, sigma: Tensor, x_n: Tensor | None, impl: str
+    images: Tensor,
+    ids: Tensor,
+    flips: Tensor | None,
+    positions: Tensor,
+    sigma: Tensor,
+    x_n: Tensor | None,
+    sigma_tn: float,
+    sigma_data: float,
 ) -> None:
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl must be 'auto' or 'reference', got {impl!r}")
     if images.dim() != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise TypeError(f"images must be uint8 or float [N, C, H, W], got {images.dtype} {list(images.shape)}")
+    if not sigma_tn >= 0:
+        raise ValueError(f"sigma_tn must be 0 or more, got {sigma_tn}")
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
     n = len(images)
     for name, value in (("ids", ids), ("positions", positions), ("sigma", sigma), ("flips", flips)):
         if value is not None and value.shape != (n,):
             raise ValueError(f"{name} must be [{n}], got {list(value.shape)}")
+    for name, value in (("ids", ids), ("positions", positions)):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {value.dtype}")
     if x_n is not None and x_n.shape != images.shape:
         raise ValueError(f"x_n must have the images' shape {list(images.shape)}, got {list(x_n.shape)}")
 
@@ -142,6 +155,139 @@ def _working_sigma(sigma: Tensor, images: Tensor) -> Tensor:
     return sigma.double() if images.dtype == torch.float64 else sigma
 
 
+def _reference_noise(
+    images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor, sigma: Tensor, x_n: Tensor | None,
+    noise_seed: int | Tensor, run_seed: int | Tensor, sigma_tn: float, sigma_data: float, out_dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> AmbientNoise:  # fmt: skip
+    c = coefficients(_working_sigma(sigma, images), sigma_tn=sigma_tn, sigma_data=sigma_data)
+    y, eps = _visible_and_fresh(images, ids, positions, c, sigma_tn, noise_seed, run_seed, x_n)
+    net_input = _flip(_per_sample(c.c_in) * (y + _per_sample(c.q) * eps), flips)
+    return AmbientNoise(net_input.to(out_dtype, memory_format=memory_format), c)
+
+
+class _ReferenceLoss(torch.autograd.Function):
+    """Keeps dF from the forward pass; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx, F: Tensor, A: Tensor, Y: Tensor) -> Tensor:  # type: ignore[override]
+        residual = _per_sample(A) * F.to(Y.dtype) - Y
+        # dF takes F's dtype: for bf16 networks it is half the memory, and autograd would round it anyway.
+        ctx.save_for_backward((2 * _per_sample(A) * residual).to(F.dtype))
+        return residual.square().flatten(1).sum(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (dF,) = ctx.saved_tensors
+        return dF * _per_sample(grad).to(dF.dtype), None, None
+
+
+# Registered fast paths: torch.ops.fastambient.ambient_{noise,loss}_{native,triton}. The arguments are those of the
+# public functions in a fixed form: float32 sigma, seeds as tensors, uint8 or float32 images, x_n in half or float32.
+
+_DATA = (
+    "Tensor images, Tensor ids, Tensor? flips, Tensor positions, Tensor sigma, Tensor? x_n, Tensor noise_seed,"
+    " Tensor run_seed, float sigma_tn, float sigma_data"
+)
+
+
+def _run_noise(impl: str) -> Any:
+    def run(
+        images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor, sigma: Tensor, x_n: Tensor | None,
+        noise_seed: Tensor, run_seed: Tensor, sigma_tn: float, sigma_data: float, dtype: torch.dtype, channels_last: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        net_input, table = _empty_noise(images, dtype, channels_last)
+        data = (ids, flips, positions, sigma, x_n, noise_seed, run_seed, sigma_tn, sigma_data, channels_last)
+        if impl == "native":
+            torch.ops.fastambient_native.ambient_noise(images, *data, net_input, table)
+        else:
+            from fastambient_kernels import ambient_triton
+
+            ambient_triton.noise(net_input, table, images, *data)
+        return net_input, table
+
+    return run
+
+
+def _empty_noise(images: Tensor, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    net_input = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=layout)
+    return net_input, torch.empty(len(Coefficients._fields), len(images), dtype=torch.float32, device=images.device)
+
+
+def _fake_noise(images: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _empty_noise(images, rest[-2], rest[-1])
+
+
+def _run_loss(impl: str) -> Any:
+    def run(F: Tensor, images: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        dF = torch.empty_like(F)
+        if impl == "native":
+            losses = torch.empty(len(F), dtype=torch.float32, device=F.device)
+            torch.ops.fastambient_native.ambient_loss(F, images, *rest, dF, losses)
+            return losses, dF
+        from fastambient_kernels import ambient_triton
+
+        return ambient_triton.loss(dF, F, images, *rest), dF
+
+    return run
+
+
+def _fake_loss(F: Tensor, images: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return F.new_empty(len(F), dtype=torch.float32), torch.empty_like(F)
+
+
+_noise_ops, _loss_ops = (
+    {
+        impl: register(f"ambient_{name}_{impl}({schema}) -> (Tensor, Tensor)", run(impl), fake)
+        for impl in ("native", "triton")
+    }
+    for name, schema, run, fake in (
+        ("noise", f"{_DATA}, ScalarType dtype, bool channels_last", _run_noise, _fake_noise),
+        ("loss", f"Tensor F, {_DATA}, bool unit, bool channels_last", _run_loss, _fake_loss),
+    )
+)
+
+
+class _FastLoss(torch.autograd.Function):
+    """A registered loss: dF comes out of the forward pass, backward only scales it."""
+
+    @staticmethod
+    def forward(ctx, F: Tensor, impl: str, *rest: Any) -> Tensor:  # type: ignore[override]
+        loss, dF = _loss_ops[impl](F, *rest)
+        ctx.save_for_backward(dF)
+        ctx.unused = len(rest) + 1
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (dF,) = ctx.saved_tensors
+        return dF * _per_sample(grad).to(dF.dtype), *[None] * ctx.unused
+
+
+def _fixed_form(
+    images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor, sigma: Tensor, x_n: Tensor | None,
+    noise_seed: int | Tensor, run_seed: int | Tensor, sigma_tn: float, sigma_data: float,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of a registered operator."""
+    device = images.device
+    if x_n is not None:
+        x_n = (x_n if x_n.dtype == torch.float16 else x_n.float()).contiguous()
+    return (
+        (images if images.dtype == torch.uint8 else images.float()).contiguous(),
+        ids.contiguous(), None if flips is None else flips.bool().contiguous(), positions.contiguous(),
+        sigma.float().contiguous(), x_n, seed_tensor(noise_seed, device), seed_tensor(run_seed, device),
+        float(sigma_tn), float(sigma_data),
+    )  # fmt: skip
+
+
+def _work_dtype(images: Tensor, sigma: Tensor, network: torch.dtype) -> torch.dtype:
+    """What decides whether a fast path fits: float64 anywhere asks for the reference."""
+    return torch.float64 if torch.float64 in (images.dtype, sigma.dtype) else network
+
+
 def ambient_noise(
     images: Tensor,
     ids: Tensor,
@@ -173,6 +319,7 @@ def ambient_noise(
     x_n : float [N, C, H, W], the precomputed noised images (unflipped), or None to regenerate them
     out_dtype : dtype of the network input; default float32 (float64 for float64 images)
     memory_format : memory format of the network input; default contiguous
+    impl : "auto", "reference", "triton" or "native"
 
     Returns
     -------
@@ -181,31 +328,19 @@ def ambient_noise(
     Raises
     ------
     TypeError, ValueError : wrong dtypes, shapes or ranges
+    RuntimeError : the implementation that was asked for is not available here
 
     Source: Shah et al. 2025, Algorithm 1; EDM, Table 1.
     """
-    _check(images, ids, flips, positions, sigma, x_n, impl)
-    c = coefficients(_working_sigma(sigma, images), sigma_tn=sigma_tn, sigma_data=sigma_data)
-    y, eps = _visible_and_fresh(images, ids, positions, c, sigma_tn, noise_seed, run_seed, x_n)
-    net_input = _flip(_per_sample(c.c_in) * (y + _per_sample(c.q) * eps), flips)
-    return AmbientNoise(net_input.to(out_dtype or c.q.dtype, memory_format=memory_format or torch.contiguous_format), c)
-
-
-class _AmbientLoss(torch.autograd.Function):
-    """Keeps dF from the forward pass; backward only scales it."""
-
-    @staticmethod
-    def forward(ctx, F: Tensor, A: Tensor, Y: Tensor) -> Tensor:  # type: ignore[override]
-        residual = _per_sample(A) * F.to(Y.dtype) - Y
-        # dF takes F's dtype: for bf16 networks it is half the memory, and autograd would round it anyway.
-        ctx.save_for_backward((2 * _per_sample(A) * residual).to(F.dtype))
-        return residual.square().flatten(1).sum(1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (dF,) = ctx.saved_tensors
-        return dF * _per_sample(grad).to(dF.dtype), None, None
+    _check(images, ids, flips, positions, sigma, x_n, sigma_tn, sigma_data)
+    dtype = out_dtype or _work_dtype(images, sigma, torch.float32)
+    layout = memory_format or torch.contiguous_format
+    taken = choose("ambient_noise", impl, images.device, _work_dtype(images, sigma, dtype))
+    data = (images, ids, flips, positions, sigma, x_n, noise_seed, run_seed, sigma_tn, sigma_data)
+    if taken == "reference" or len(images) == 0:
+        return _reference_noise(*data, dtype, layout)
+    net_input, table = _noise_ops[taken](*_fixed_form(*data), dtype, layout == torch.channels_last)
+    return AmbientNoise(net_input, Coefficients(*table.unbind(0)))
 
 
 def ambient_loss(
@@ -236,9 +371,17 @@ def ambient_loss(
     float32 [N] (float64 for float64 images): lambda(s) |prediction - target|^2 summed over channels and pixels.
     EDM's objective is its mean over the batch. Differentiable in `F` alone.
     """
-    _check(images, ids, flips, positions, sigma, x_n, impl)
+    _check(images, ids, flips, positions, sigma, x_n, sigma_tn, sigma_data)
     if F.shape != images.shape or not F.is_floating_point():
         raise TypeError(f"F must be float {list(images.shape)}, got {F.dtype} {list(F.shape)}")
-    c = coefficients(_working_sigma(sigma, images), sigma_tn=sigma_tn, sigma_data=sigma_data, weighting=weighting)
-    y, eps = _visible_and_fresh(images, ids, positions, c, sigma_tn, noise_seed, run_seed, x_n)
-    return _AmbientLoss.apply(F, c.A, _flip(_per_sample(c.alpha) * y + _per_sample(c.beta) * eps, flips))
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    taken = choose("ambient_loss", impl, images.device, _work_dtype(images, sigma, F.dtype))
+    if taken == "reference" or len(images) == 0:
+        c = coefficients(_working_sigma(sigma, images), sigma_tn=sigma_tn, sigma_data=sigma_data, weighting=weighting)
+        y, eps = _visible_and_fresh(images, ids, positions, c, sigma_tn, noise_seed, run_seed, x_n)
+        return _ReferenceLoss.apply(F, c.A, _flip(_per_sample(c.alpha) * y + _per_sample(c.beta) * eps, flips))
+    data = _fixed_form(images, ids, flips, positions, sigma, x_n, noise_seed, run_seed, sigma_tn, sigma_data)
+    channels_last = not F.is_contiguous() and F.is_contiguous(memory_format=torch.channels_last)
+    F = F if channels_last else F.contiguous()
+    return _FastLoss.apply(F, taken, *data, weighting == "unit", channels_last)

@@ -13,15 +13,15 @@ struct bf16 {  // storage only; all arithmetic is float32
   uint16_t bits;
 };
 
-inline float load(const float* p) { return *p; }
-inline float load(const bf16* p) {
+static inline float load(const float* p) { return *p; }
+static inline float load(const bf16* p) {
   uint32_t u = static_cast<uint32_t>(p->bits) << 16;
   float f;
   std::memcpy(&f, &u, sizeof f);
   return f;
 }
-inline void store(float* p, float v) { *p = v; }
-inline void store(bf16* p, float v) {  // round to nearest even; NaN stays a quiet NaN
+static inline void store(float* p, float v) { *p = v; }
+static inline void store(bf16* p, float v) {  // round to nearest even; NaN stays a quiet NaN
   uint32_t u;
   std::memcpy(&u, &v, sizeof u);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;

@@ -1,0 +1,231 @@
+"""Group norm with its neighbours fused: silu(GN(x + add)*(1 + scale) + shift).
+
+Mathematics
+-----------
+With u = x + add (add per sample and channel) and, over each (sample, group), mean m and variance v of u,
+
+    z = (u - m) * rstd,   rstd = 1/sqrt(v + eps),   w = (z*weight + bias)*(1 + scale) + shift,   y = silu(w)
+
+Backward, with dw = dy*silu'(w), k = weight*(1 + scale), and <.> the mean over a (sample, group):
+
+    dx = rstd*(k*dw - <k*dw> - z*<k*dw*z>)
+    d_weight = sum_n (1+scale) sum_p dw*z      d_scale = sum_p dw*(z*weight + bias)      d_add = sum_p dx
+    d_bias   = sum_n (1+scale) sum_p dw        d_shift = sum_p dw
+
+Statistics are float32 at least, shifted (never E[x^2] - E[x]^2); the forward pass keeps x, m and rstd, and backward
+makes z again. Wu & He, "Group Normalization" (2018); the arrangement is that of EDM's blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastambient_kernels._registration import choose, register
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale: Tensor | None, shift: Tensor | None,
+    add: Tensor | None, silu: bool,
+) -> Tensor:  # fmt: skip
+    """Plain torch in at least float32, differentiable, returned in x's dtype."""
+    # torch's kernels round mean and variance to the input's dtype, so low precision is widened before them.
+    work = torch.promote_types(x.dtype, torch.float32)
+    spread = lambda v: v.to(work)[(..., *[None] * (x.dim() - 2))]  # noqa: E731
+    y = x.to(work)
+    if add is not None:
+        y = y + spread(add)
+    y = F.group_norm(y, groups, weight.to(work), bias.to(work), eps)
+    if scale is not None and shift is not None:
+        y = torch.addcmul(spread(shift), y, spread(scale) + 1)
+    elif scale is not None:
+        y = y * (spread(scale) + 1)
+    elif shift is not None:
+        y = y + spread(shift)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+_OPTIONAL = "Tensor? scale, Tensor? shift, Tensor? add, int groups"
+
+
+def _forward_native(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+    groups: int, eps: float, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y, mean, rstd = _forward_fake(x, weight, bias, scale, shift, add, groups, eps, silu)
+    torch.ops.fastambient_native.group_norm_silu(x, weight, bias, scale, shift, add, y, mean, rstd, groups, eps, silu)
+    return y, mean, rstd
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, add: Any, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    statistics = (x.shape[0], groups)
+    return torch.empty_like(x), weight.new_empty(statistics), weight.new_empty(statistics)
+
+
+def _backward_native(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
+    shift: Tensor | None, add: Tensor | None, groups: int, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _backward_fake(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu)
+    dx, d_weight, d_bias, d_scale, d_shift, d_add = outputs
+    sum_dwz = torch.empty_like(d_shift)
+    torch.ops.fastambient_native.group_norm_silu_backward(
+        dy, x, mean, rstd, weight, bias, scale, shift, add, dx, d_shift, sum_dwz, d_weight, d_bias,
+        None if scale is None else d_scale, None if add is None else d_add, groups, silu,
+    )  # fmt: skip
+    return outputs
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
+    shift: Tensor | None, add: Tensor | None, groups: int, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    per_sample = x.shape[:2]
+    # A registered operator always returns tensors: empty ones where there is no such input.
+    d_scale, d_add = (weight.new_empty(0 if v is None else per_sample) for v in (scale, add))
+    d_shift = weight.new_empty(per_sample)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), d_scale, d_shift, d_add
+
+
+_forward_ops = {
+    "native": register(
+        f"group_norm_silu_native(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, float eps, bool silu)"
+        " -> (Tensor, Tensor, Tensor)",
+        _forward_native,
+        _forward_fake,
+    )
+}
+_backward_ops = {
+    "native": register(
+        f"group_norm_silu_backward_native(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
+        f" {_OPTIONAL}, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _backward_native,
+        _backward_fake,
+    )
+}
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+        groups: int, eps: float, silu: bool, impl: str,
+    ) -> Tensor:  # fmt: skip
+        y, mean, rstd = _forward_ops[impl](x, weight, bias, scale, shift, add, groups, eps, silu)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
+        ctx.settings = groups, silu, impl
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        x, mean, rstd, weight, bias, scale, shift, add = ctx.saved_tensors
+        groups, silu, impl = ctx.settings
+        # Gradients arrive expanded or in another memory format.
+        dy = dy.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+        if dy.stride() != x.stride():
+            dy = torch.empty_like(x).copy_(dy)
+        dx, d_weight, d_bias, d_scale, d_shift, d_add = _backward_ops[impl](
+            dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu
+        )
+        return (
+            dx, d_weight, d_bias, None if scale is None else d_scale, None if shift is None else d_shift,
+            None if add is None else d_add, None, None, None, None,
+        )  # fmt: skip
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Channels-last where x [N, C, H, W] lies so and not contiguous, else contiguous."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.dim() == 5 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    add: Tensor | None = None,
+    silu: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """silu(GN(x + add)*(1 + scale) + shift); gradients of every input.
+
+    Parameters
+    ----------
+    x : float [N, C, ...], contiguous or channels-last; float32, bfloat16, or float64 through the reference
+    weight, bias : float [C]
+    groups : divides C
+    scale, shift, add : float [N, C], or None
+    silu : False leaves the activation out
+    impl : "auto", "reference", "triton" or "native"
+
+    Returns
+    -------
+    [N, C, ...] in x's dtype and memory format
+
+    Raises
+    ------
+    TypeError, ValueError : shapes or dtypes that do not fit
+    RuntimeError : the implementation that was asked for is not available here
+    """
+    if x.dim() < 2 or not x.is_floating_point():
+        raise TypeError(f"x must be float [N, C, ...], got {x.dtype} {list(x.shape)}")
+    n, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{groups} groups cannot share {channels} channels equally")
+    for name, value, shape in (
+        ("weight", weight, (channels,)), ("bias", bias, (channels,)), ("scale", scale, (n, channels)),
+        ("shift", shift, (n, channels)), ("add", add, (n, channels)),
+    ):  # fmt: skip
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
+    taken = choose("group_norm_silu", impl, x.device, torch.promote_types(x.dtype, weight.dtype) if weight.dtype == torch.float64 else x.dtype)  # fmt: skip
+    if taken == "reference" or x.numel() == 0:
+        return reference(x, weight, bias, groups, eps, scale, shift, add, silu)
+    # Casts are differentiable: parameters of another dtype get their gradient in it.
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    scale, shift, add = (None if v is None else _rows(v.float()) for v in (scale, shift, add))
+    x = x.contiguous(memory_format=memory_format_of(x))
+    return _GroupNormSiLU.apply(x, weight, bias, scale, shift, add, groups, eps, silu, taken)
+
+
+def _rows(v: Tensor) -> Tensor:
+    """Rows side by side; views of a wider tensor (a chunk of an affine layer's output) stay as they are."""
+    return v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous()
+
+
+class GroupNormSiLU(nn.Module):
+    """`group_norm_silu` with parameters of its own; state_dict as torch.nn.GroupNorm's.
+
+    Parameters
+    ----------
+    groups, channels, eps : as in torch.nn.GroupNorm, in its order
+    silu : False for the norm alone
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, *, silu: bool = True, impl: str = "auto") -> None:
+        super().__init__()
+        if groups < 1 or channels % groups:
+            raise ValueError(f"{groups} groups cannot share {channels} channels equally")
+        self.groups, self.eps, self.silu, self.impl = groups, eps, silu, impl
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self, x: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor:
+        return group_norm_silu(
+            x, self.weight, self.bias, groups=self.groups, eps=self.eps, scale=scale, shift=shift, add=add,
+            silu=self.silu, impl=self.impl,
+        )  # fmt: skip
