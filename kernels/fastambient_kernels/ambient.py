@@ -195,7 +195,8 @@ _DATA = (
 def _run_noise(impl: str) -> Any:
     def run(
         images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor, sigma: Tensor, x_n: Tensor | None,
-        noise_seed: Tensor, run_seed: Tensor, sigma_tn: float, sigma_data: float, dtype: torch.dtype, channels_last: bool,
+        noise_seed: Tensor, run_seed: Tensor, sigma_tn: float, sigma_data: float, dtype: torch.dtype,
+        channels_last: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         net_input, table = _empty_noise(images, dtype, channels_last)
         data = (ids, flips, positions, sigma, x_n, noise_seed, run_seed, sigma_tn, sigma_data, channels_last)

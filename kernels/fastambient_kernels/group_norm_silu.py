@@ -32,20 +32,21 @@ def reference(
     add: Tensor | None, silu: bool,
 ) -> Tensor:  # fmt: skip
     """Plain torch in at least float32, differentiable, returned in x's dtype."""
-    # torch's kernels round mean and variance to the input's dtype, so low precision is widened before them.
+    # torch's kernels round mean and variance to the input's dtype, so low precision is widened before them; and its
+    # channels-last CPU kernel subtracts E[x]^2 from E[x^2] (a mean of 10^4 ruins it), so the layout is undone.
     work = torch.promote_types(x.dtype, torch.float32)
-    spread = lambda v: v.to(work)[(..., *[None] * (x.dim() - 2))]  # noqa: E731
+    spread = lambda v: v.to(work).view(*v.shape, *[1] * (x.dim() - 2))  # noqa: E731
     y = x.to(work)
     if add is not None:
         y = y + spread(add)
-    y = F.group_norm(y, groups, weight.to(work), bias.to(work), eps)
+    y = F.group_norm(y.contiguous(), groups, weight.to(work), bias.to(work), eps)
     if scale is not None and shift is not None:
         y = torch.addcmul(spread(shift), y, spread(scale) + 1)
     elif scale is not None:
         y = y * (spread(scale) + 1)
     elif shift is not None:
         y = y + spread(shift)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    return (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=memory_format_of(x))
 
 
 _OPTIONAL = "Tensor? scale, Tensor? shift, Tensor? add, int groups"
@@ -60,7 +61,8 @@ def _forward_native(
     return y, mean, rstd
 
 
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, add: Any, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _forward_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    groups = rest[4]
     statistics = (x.shape[0], groups)
     return torch.empty_like(x), weight.new_empty(statistics), weight.new_empty(statistics)
 
@@ -190,7 +192,8 @@ def group_norm_silu(
     ):  # fmt: skip
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
-    taken = choose("group_norm_silu", impl, x.device, torch.promote_types(x.dtype, weight.dtype) if weight.dtype == torch.float64 else x.dtype)  # fmt: skip
+    wide = torch.float64 in (x.dtype, weight.dtype)
+    taken = choose("group_norm_silu", impl, x.device, torch.float64 if wide else x.dtype)
     if taken == "reference" or x.numel() == 0:
         return reference(x, weight, bias, groups, eps, scale, shift, add, silu)
     # Casts are differentiable: parameters of another dtype get their gradient in it.

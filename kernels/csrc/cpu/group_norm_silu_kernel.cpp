@@ -89,7 +89,7 @@ struct Same {
 
 // Sums of d and d^2, d = x - shift, of `lines` lines and a last one of `tail` values.
 template <class T, class C>
-void moments_of_lines(const T* x, C shift, int64_t lines, int64_t width, int64_t tail, float* s1, float* s2) {
+[[gnu::always_inline]] inline void moments_of_lines(const T* x, C shift, int64_t lines, int64_t width, int64_t tail, float* s1, float* s2) {
   constexpr int kTogether = 4;
   float buffer[kTogether][kSpan];
   for (int64_t j = 0; j < width; ++j) s1[j] = s2[j] = 0.0f;
@@ -125,7 +125,7 @@ void moments_of_lines(const T* x, C shift, int64_t lines, int64_t width, int64_t
 
 // Sums of x - m, dv and dv*(x - m).
 template <class T, bool kSilu, class C>
-void sums_of_lines(const T* x, const T* dy, C a, C b, C m, int64_t lines, int64_t width, int64_t tail, float* s0,
+[[gnu::always_inline]] inline void sums_of_lines(const T* x, const T* dy, C a, C b, C m, int64_t lines, int64_t width, int64_t tail, float* s0,
                    float* s1, float* s2) {
   float x_buffer[kSpan], dy_buffer[kSpan];
   for (int64_t j = 0; j < width; ++j) s0[j] = s1[j] = s2[j] = 0.0f;

@@ -1,0 +1,250 @@
+"""group_norm_silu against a float64 form written from the mathematics, and its contracts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastambient_kernels.group_norm_silu as operator
+from fastambient_kernels import _native
+from fastambient_kernels.group_norm_silu import GroupNormSiLU, group_norm_silu
+
+MISSING = _native.missing("group_norm_silu")
+native = pytest.mark.skipif(MISSING is not None, reason=f"no native library: {MISSING}")
+IMPLEMENTATIONS = ["reference", pytest.param("native", marks=native)]
+NAMES = ("x", "weight", "bias", "scale", "shift", "add")
+
+
+def inputs(shape, *, optional=("scale", "shift", "add"), last=False, seed=0, offset=0.0):
+    """Leaves in float64 by name; absent ones are None."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
+    n, c = shape[:2]
+    made = {"x": draw(*shape) + offset, "weight": 1 + 0.2 * draw(c), "bias": 0.3 * draw(c)}
+    made |= {name: 0.5 * draw(n, c) if name in optional else None for name in ("scale", "shift", "add")}
+    if last:
+        made["x"] = made["x"].contiguous(memory_format=torch.channels_last)
+    return made
+
+
+def formula(x, weight, bias, groups, eps, scale, shift, add, silu):
+    """The module's mathematics, one line each."""
+    spread = lambda v: v.view(*v.shape, *[1] * (x.dim() - 2))  # noqa: E731
+    u = x if add is None else x + spread(add)
+    grouped = u.reshape(len(x), groups, -1)
+    mean = grouped.mean(2, keepdim=True)
+    z = ((grouped - mean) / ((grouped - mean).square().mean(2, keepdim=True) + eps).sqrt()).view_as(u)
+    w = z * spread(weight[None]) + spread(bias[None])
+    w = w * (1 + (0 if scale is None else spread(scale))) + (0 if shift is None else spread(shift))
+    return w * torch.sigmoid(w) if silu else w
+
+
+def run(f, made, dtype, dy):
+    """(y, gradients by name) with x in `dtype` and everything else in float32 (float64 for float64)."""
+    other = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = {
+        k: None
+        if v is None
+        else v.to(dtype if k == "x" else other).detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for k, v in made.items()
+    }
+    y = f(**leaves)
+    y.backward(dy.to(y.dtype))
+    return y.detach(), {k: v.grad for k, v in leaves.items() if v is not None}
+
+
+def errors(impl, made, groups, dtype, *, eps=1e-5, silu=True, dy=None):
+    """(error of impl, error of torch's own pieces in the same dtype, scale) of y and each gradient, as largest
+    differences to float64 on the inputs as `dtype` holds them."""
+    held = {k: None if v is None else v.to(dtype if k == "x" else torch.float32).double() for k, v in made.items()}
+    dy = (
+        torch.randn(made["x"].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        if dy is None
+        else dy
+    )
+    dy = dy.to(dtype).double()
+    exact = run(lambda **k: formula(groups=groups, eps=eps, silu=silu, **k), held, torch.float64, dy)
+    ours = run(lambda **k: group_norm_silu(groups=groups, eps=eps, silu=silu, impl=impl, **k), made, dtype, dy)
+    # An independent computation in the same dtype: the formula itself, in torch's float32 or bfloat16 operations.
+    plain = run(
+        lambda **k: formula(groups=groups, eps=eps, silu=silu, **{n: None if v is None else v.to(dtype) for n, v in k.items()}),
+        made, dtype, dy,
+    )  # fmt: skip
+    out = {}
+    for name in ("y", *exact[1]):
+        e, o, p = (r[0] if name == "y" else r[1][name] for r in (exact, ours, plain))
+        scale = e.abs().max().item()
+        out[name] = ((o.double() - e).abs().max().item(), (p.double() - e).abs().max().item(), scale)
+    assert ours[0].dtype == dtype and ours[0].stride() == made["x"].stride()
+    return out
+
+
+def assert_within(found, dtype):
+    """At most twice the error of torch's own low-precision computation, plus a rounding band of the output."""
+    for name, (ours, plain, scale) in found.items():
+        rounding = scale * (2.0**-8 if dtype == torch.bfloat16 and name in ("y", "x") else 4 * 2.0**-23)
+        assert ours <= 2 * plain + rounding, (name, ours, plain, scale)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(("shape", "groups"), [((2, 24, 8, 8), 6), ((3, 64, 5, 7), 16), ((2, 256, 4, 4), 32), ((1, 1536, 3, 3), 32), ((2, 16, 1, 1), 4), ((2, 48, 33, 31), 12)])  # fmt: skip
+def test_against_float64(nan_filled, impl, dtype, last, shape, groups):
+    assert_within(errors(impl, inputs(shape, last=last), groups, dtype), dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("optional", [(), ("scale",), ("shift",), ("add",), ("scale", "shift"), ("add", "shift")])
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_optional_inputs(nan_filled, impl, optional, silu, last):
+    found = errors(impl, inputs((2, 32, 6, 5), optional=optional, last=last), 8, torch.float32, silu=silu, eps=1e-6)
+    assert set(found) == {"y", "x", "weight", "bias", *optional}
+    assert_within(found, torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("last", [True, False])
+def test_a_large_mean_does_not_cancel(impl, last):
+    """E[x^2] - E[x]^2 in float32 would lose everything at a mean of 10^4."""
+    found = errors(impl, inputs((2, 32, 16, 16), optional=(), last=last, offset=1e4), 8, torch.float32)
+    assert found["y"][0] < 5e-3 and found["x"][0] < 5e-3 * found["x"][2]  # x itself is held to 5e-4 there
+
+
+@native
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(1, 4), per_group=st.integers(1, 9), groups=st.integers(1, 9), height=st.integers(1, 19),
+    width=st.integers(1, 40), last=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_size(n, per_group, groups, height, width, last, seed):
+    shape = (n, per_group * groups, height, width)
+    if per_group * height * width == 1:
+        return  # a group of one value: its variance is 0 and nothing is left to compare
+    made = inputs(shape, last=last, seed=seed)
+    exact = formula(
+        made["x"], made["weight"], made["bias"], groups, 1e-2, made["scale"], made["shift"], made["add"], True
+    )
+    ours = group_norm_silu(**{k: v.float() for k, v in made.items()}, groups=groups, eps=1e-2, impl="native")
+    assert (ours.double() - exact).abs().max() < 2e-5 * max(1, exact.abs().max().item())
+
+
+@native
+@pytest.mark.parametrize("last", [True, False])
+def test_independent_of_threads_batch_and_layout(last):
+    made = {k: v.float() for k, v in inputs((6, 64, 40, 40), last=last).items()}
+
+    def call(m):
+        dy = torch.ones(len(m["x"]), 64, 40, 40)
+        return run(lambda **k: group_norm_silu(groups=16, impl="native", **k), m, torch.float32, dy)
+
+    y, grads = call(made)
+    try:
+        torch.set_num_threads(3)
+        y3, grads3 = call(made)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(y, y3) and all(torch.equal(grads[k], grads3[k]) for k in grads)
+    part, part_grads = call({k: v[2:3] if k in ("x", "scale", "shift", "add") else v for k, v in made.items()})
+    assert torch.equal(part[0], y[2]) and torch.equal(part_grads["x"][0], grads["x"][2])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_awkward_gradients_and_strides(impl):
+    made = {k: v.float() for k, v in inputs((3, 32, 4, 4), last=True).items()}
+    affine = torch.randn(3, 64)
+    scale, shift = affine.chunk(2, dim=1)  # views of a wider row, as an affine layer gives them
+    x = made["x"].requires_grad_()
+    y = group_norm_silu(x, made["weight"], made["bias"], groups=8, scale=scale, shift=shift, impl=impl)
+    y.sum().backward()  # an expanded gradient
+    expanded = x.grad.clone()
+    x.grad = None
+    y = group_norm_silu(
+        x, made["weight"], made["bias"], groups=8, scale=scale.contiguous(), shift=shift.contiguous(), impl=impl
+    )
+    y.backward(torch.ones(3, 32, 4, 4))  # contiguous, while y is channels-last
+    torch.testing.assert_close(x.grad, expanded, rtol=0, atol=1e-6)
+    expected = formula(x, made["weight"], made["bias"], 8, 1e-5, scale, shift, None, True)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradcheck_of_the_reference():
+    made = {k: v.requires_grad_() for k, v in inputs((2, 8, 3, 2)).items()}
+    assert torch.autograd.gradcheck(
+        lambda *a: group_norm_silu(*a[:3], groups=2, scale=a[3], shift=a[4], add=a[5]), tuple(made.values())
+    )
+
+
+@native
+@pytest.mark.parametrize("optional", [(), ("scale", "shift", "add"), ("add",)])
+@pytest.mark.parametrize("last", [True, False])
+def test_opcheck(optional, last):
+    made = {k: None if v is None else v.float() for k, v in inputs((2, 24, 3, 5), optional=optional, last=last).items()}
+    extra = (made["scale"], made["shift"], made["add"])
+    forward = (made["x"], made["weight"], made["bias"], *extra, 6, 1e-5, True)
+    torch.library.opcheck(torch.ops.fastambient.group_norm_silu_native.default, forward)
+    _, mean, rstd = torch.ops.fastambient.group_norm_silu_native(*forward)
+    backward = (torch.randn_like(made["x"]), made["x"], mean, rstd, made["weight"], made["bias"], *extra, 6, True)
+    torch.library.opcheck(torch.ops.fastambient.group_norm_silu_backward_native.default, backward)
+
+
+@native
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    module = GroupNormSiLU(6, 24, impl="native")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (2, 3) if dynamic else (2,):
+        x = torch.randn(n, 24, 4, 4)
+        one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+        a, b = module(one), compiled(two)
+        a.square().sum().backward()
+        b.square().sum().backward()
+        assert torch.equal(a, b) and torch.equal(one.grad, two.grad)
+
+
+def test_module_replaces_group_norm_and_silu():
+    theirs, ours = torch.nn.GroupNorm(6, 24), GroupNormSiLU(6, 24)
+    torch.nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 24, 5, 5)
+    torch.testing.assert_close(ours(x), F.silu(theirs(x)), rtol=1e-5, atol=1e-5)
+    flat = torch.randn(2, 24)
+    torch.testing.assert_close(ours(flat), F.silu(theirs(flat)), rtol=1e-5, atol=1e-5)
+
+
+@native
+def test_the_gate_can_fail(monkeypatch):
+    """A wrong eps, a shifted group and a missing term of dx are all seen."""
+    made = inputs((2, 32, 6, 5))
+    true_forward, true_backward = operator._forward_ops["native"], operator._backward_ops["native"]
+    faults = [
+        ("_forward_ops", lambda *a: true_forward(*a[:-2], 1e-3, a[-1])),
+        ("_forward_ops", lambda *a: true_forward(*a[:6], 4, *a[7:])),
+        ("_backward_ops", lambda *a: tuple(g * 1.001 if i == 0 else g for i, g in enumerate(true_backward(*a)))),
+    ]
+    for name, fault in faults:
+        with monkeypatch.context() as patch:
+            patch.setitem(getattr(operator, name), "native", fault)
+            with pytest.raises((AssertionError, RuntimeError)):
+                assert_within(errors("native", made, 8, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": 5}, "5 groups cannot share 32 channels"),
+        ({"groups": 0}, "0 groups"),
+        ({"weight": torch.ones(31)}, r"weight must be \[32\]"),
+        ({"scale": torch.ones(2, 31)}, r"scale must be \[2, 32\]"),
+        ({"x": torch.ones(2, 32, 4, 4, dtype=torch.int64)}, "x must be float"),
+        ({"impl": "cuda"}, "impl must be one of"),
+    ],
+)
+def test_errors_name_the_value(change, message):
+    arguments = {"x": torch.ones(2, 32, 4, 4), "weight": torch.ones(32), "bias": torch.ones(32), "groups": 8} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        group_norm_silu(**arguments)
