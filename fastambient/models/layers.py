@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastambient.errors import InputError
+from fastambient_kernels.group_norm_silu import group_norm_silu
 from fastambient_kernels.noise import Stream, random_words
 
 DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `keyed_keep`
@@ -120,25 +121,6 @@ class Conv2d(nn.Module):
         return F.conv_transpose2d(x, weight, stride=2, padding=self.filter_pad, groups=channels)
 
 
-def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *,
-    add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
-) -> Tensor:  # fmt: skip
-    """silu(GN(x + add) * (1 + scale) + shift), in at least float32, returned in x's dtype.
-
-    x [N, C, H, W]; weight, bias [C]; add, scale, shift [N, C] or None; silu=False leaves the activation out.
-    """
-    # torch's kernels round mean and variance to the input's dtype, so low precision is widened before them.
-    work = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(work)
-    if add is not None:
-        y = y + add.to(work)[:, :, None, None]
-    y = F.group_norm(y, groups, weight.to(work), bias.to(work), eps)
-    if scale is not None and shift is not None:
-        y = torch.addcmul(shift.to(work)[:, :, None, None], y, scale.to(work)[:, :, None, None] + 1)
-    return (F.silu(y) if silu else y).to(x.dtype)
-
-
 class GroupNorm(nn.Module):
     """Group norm with at most 32 groups of at least 4 channels; arguments of the call as in `group_norm_silu`."""
 
@@ -158,7 +140,7 @@ class GroupNorm(nn.Module):
         silu: bool = True,
     ) -> Tensor:  # fmt: skip
         w, b = self.weight, self.bias
-        return group_norm_silu(x, w, b, self.groups, self.eps, add=add, scale=scale, shift=shift, silu=silu)
+        return group_norm_silu(x, w, b, groups=self.groups, eps=self.eps, add=add, scale=scale, shift=shift, silu=silu)
 
 
 def _cos_sin(c_noise: Tensor, freqs: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ Backward, with dw = dy*silu'(w), k = weight*(1 + scale), and <.> the mean over a
     d_weight = sum_n (1+scale) sum_p dw*z      d_scale = sum_p dw*(z*weight + bias)      d_add = sum_p dx
     d_bias   = sum_n (1+scale) sum_p dw        d_shift = sum_p dw
 
-Statistics are float32 at least, shifted (never E[x^2] - E[x]^2); the forward pass keeps x, m and rstd, and backward
-makes z again. Wu & He, "Group Normalization" (2018); the arrangement is that of EDM's blocks.
+Statistics are float32 at least, and shifted: never E[x^2] - E[x]^2. The forward pass keeps x, m and rstd, and backward
+makes z again. The sums over samples and pixels run in a fixed order: a gradient does not depend on the number of
+threads. Wu & He, "Group Normalization" (2018); the arrangement of add, scale and shift is that of EDM's blocks.
 """
 
 from __future__ import annotations
@@ -32,21 +33,26 @@ def reference(
     add: Tensor | None, silu: bool,
 ) -> Tensor:  # fmt: skip
     """Plain torch in at least float32, differentiable, returned in x's dtype."""
-    # torch's kernels round mean and variance to the input's dtype, so low precision is widened before them; and its
-    # channels-last CPU kernel subtracts E[x]^2 from E[x^2] (a mean of 10^4 ruins it), so the layout is undone.
-    work = torch.promote_types(x.dtype, torch.float32)
-    spread = lambda v: v.to(work).view(*v.shape, *[1] * (x.dim() - 2))  # noqa: E731
-    y = x.to(work)
+    # torch's kernels round mean and variance to the input's dtype, so low precision is widened before them.
+    work = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+
+    def spread(value: Tensor) -> Tensor:
+        return value.to(work).reshape(*value.shape, *[1] * (x.dim() - 2))
+
+    u = x.to(work)
     if add is not None:
-        y = y + spread(add)
-    y = F.group_norm(y.contiguous(), groups, weight.to(work), bias.to(work), eps)
-    if scale is not None and shift is not None:
-        y = torch.addcmul(spread(shift), y, spread(scale) + 1)
-    elif scale is not None:
-        y = y * (spread(scale) + 1)
-    elif shift is not None:
-        y = y + spread(shift)
-    return (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=memory_format_of(x))
+        u = u + spread(add)
+    # torch's channels-last kernel on the CPU computes E[x^2] - E[x]^2, so it is given values around 0. The norm does
+    # not change with a constant, so neither does its gradient: no need to differentiate the mean.
+    by_group = u.detach().unflatten(1, (groups, -1))
+    mean = by_group.mean(tuple(range(2, by_group.dim())), keepdim=True)
+    u = u - mean.expand(-1, -1, by_group.shape[2], *mean.shape[3:]).flatten(1, 2)
+    w = F.group_norm(u, groups, weight.to(work), bias.to(work), eps)
+    if scale is not None:
+        w = w * (spread(scale) + 1)
+    if shift is not None:
+        w = w + spread(shift)
+    return (F.silu(w) if silu else w).to(x.dtype)
 
 
 _OPTIONAL = "Tensor? scale, Tensor? shift, Tensor? add, int groups"
