@@ -203,7 +203,7 @@ def _run_noise(impl: str) -> Any:
         if impl == "native":
             torch.ops.fastambient_native.ambient_noise(images, *data, net_input, table)
         else:
-            from fastambient_kernels import ambient_triton
+            from fastambient_kernels import ambient_triton  # type: ignore[attr-defined]
 
             ambient_triton.noise(net_input, table, images, *data)
         return net_input, table
@@ -228,7 +228,7 @@ def _run_loss(impl: str) -> Any:
             losses = torch.empty(len(F), dtype=torch.float32, device=F.device)
             torch.ops.fastambient_native.ambient_loss(F, images, *rest, dF, losses)
             return losses, dF
-        from fastambient_kernels import ambient_triton
+        from fastambient_kernels import ambient_triton  # type: ignore[attr-defined]
 
         return ambient_triton.loss(dF, F, images, *rest), dF
 

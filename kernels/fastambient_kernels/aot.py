@@ -70,7 +70,7 @@ def all_cases() -> list[AotCase]:
     for module in sorted(info.name for info in pkgutil.iter_modules(fastambient_kernels.__path__)):
         if not module.endswith("_triton") and module != "triton_common":
             continue
-        listed = getattr(importlib.import_module(f"fastambient_kernels.{module}"), "aot_cases", list)()
+        listed = getattr(importlib.import_module(f"fastambient_kernels.{module}"), "aot_cases", list)()  # type: ignore
         if not listed:
             raise ValueError(f"{module} lists no aot_cases()")
         for case in listed:
