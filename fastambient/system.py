@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from typing import Any
 
 import torch
 
+from fastambient_kernels import _native, _registration
+
 _PACKAGES = ("fastambient", "torch", "triton", "numpy", "safetensors", "pillow", "scikit-learn", "scipy")
-_OPERATORS = ("ambient_noise", "ambient_loss")
+# Operator -> module of its Triton kernels.
+_OPERATORS = {
+    "ambient_noise": "ambient_triton",
+    "ambient_loss": "ambient_triton",
+    "group_norm_silu": "group_norm_silu_triton",
+    "adam_ema": "adam_ema_triton",
+}
+_HERE = "available"
 
 
 def information() -> dict[str, dict[str, Any]]:
-    """Sections of name -> value, all JSON types."""
+    """Sections of name -> value, all JSON types.
+
+    ``operators`` names what ``impl="auto"`` takes on the best device here; ``native``, ``cuda`` and ``triton`` say for
+    each operator that this implementation is available, or why not. The reference is available everywhere.
+    """
     versions: dict[str, Any] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -30,7 +44,39 @@ def information() -> dict[str, dict[str, Any]]:
         "cuda": torch.version.cuda if cuda else None,
         "bf16_on_cpu": "avx512_bf16" in _cpu_flags(),
     }
-    return {"versions": versions, "devices": devices, "operators": dict.fromkeys(_OPERATORS, "reference")}
+    native = {name: _said(_native.missing(name)) for name in _OPERATORS}
+    triton = {name: _said(_triton_missing(name, "cuda" if cuda else "cpu")) for name in _OPERATORS}
+    return {
+        "versions": versions,
+        "devices": devices,
+        "operators": {name: _auto(triton[name] if cuda else native[name], cuda) for name in _OPERATORS},
+        "native": native,
+        "cuda": {"adam_ema": _said(_cuda_missing())},
+        "triton": triton,
+    }
+
+
+def _said(reason: str | None) -> str:
+    return f"not available: {reason}" if reason else _HERE
+
+
+def _auto(fast: str, cuda: bool) -> str:
+    """What "auto" takes where the fast path of the device is `fast`, and FASTAMBIENT_IMPL does not say otherwise."""
+    asked = os.environ.get("FASTAMBIENT_IMPL", "auto")
+    return asked if asked != "auto" else ("triton" if cuda else "native") if fast == _HERE else "reference"
+
+
+def _triton_missing(operator: str, device: str) -> str | None:
+    if importlib.util.find_spec(f"fastambient_kernels.{_OPERATORS[operator]}") is None:
+        return f"there is no Triton kernel of {operator}"
+    return _registration.unavailable(operator, "triton", torch.device(device))
+
+
+def _cuda_missing() -> str | None:
+    try:
+        return _native.load("cuda")
+    except RuntimeError as error:  # FASTAMBIENT_CUDA=on makes it one; here it is the answer
+        return str(error)
 
 
 def _cpu_flags() -> set[str]:

@@ -1,0 +1,71 @@
+"""`fastambient info`: what is here, and for each operator what is available or why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastambient.system import information
+from fastambient_kernels import _native
+
+OPERATORS = ["ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema"]
+
+
+def elsewhere(**environment: str) -> dict[str, dict[str, object]]:
+    """`information` in a process of its own: libraries are loaded at import."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTAMBIENT_", "TRITON_"))}
+    code = "import json; from fastambient.system import information; print(json.dumps(information()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert not done.stderr
+    return json.loads(done.stdout)
+
+
+def test_sections_are_json_and_name_each_operator():
+    found = information()
+    assert json.loads(json.dumps(found)) == found
+    assert list(found) == ["versions", "devices", "operators", "native", "cuda", "triton"]
+    for section in ("operators", "native", "triton"):
+        assert list(found[section]) == OPERATORS
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert found["devices"]["cpu_count"] == os.cpu_count()
+
+
+def test_native_says_what_the_library_holds():
+    found = information()["native"]
+    for name in OPERATORS:
+        reason = _native.missing(name)
+        assert found[name] == (f"not available: {reason}" if reason else "available")
+        assert (found[name] == "available") == (name in _native.OPERATORS)
+
+
+def test_without_the_library_auto_is_the_reference_and_the_reason_is_told():
+    found = elsewhere(FASTAMBIENT_NATIVE="off", FASTAMBIENT_CUDA="off", CUDA_VISIBLE_DEVICES="")
+    for name in OPERATORS:
+        assert found["native"][name] == "not available: switched off by FASTAMBIENT_NATIVE=off"
+        assert found["operators"][name] == "reference"
+    assert found["cuda"] == {"adam_ema": "not available: switched off by FASTAMBIENT_CUDA=off"}
+
+
+def test_auto_follows_what_is_available_and_the_environment():
+    found = elsewhere(CUDA_VISIBLE_DEVICES="")
+    for name in OPERATORS:
+        assert found["operators"][name] == ("native" if found["native"][name] == "available" else "reference")
+    asked = elsewhere(CUDA_VISIBLE_DEVICES="", FASTAMBIENT_IMPL="reference", FASTAMBIENT_CUDA="on")
+    assert set(asked["operators"].values()) == {"reference"}
+    assert "FASTAMBIENT_CUDA=on: there is no CUDA device" in asked["cuda"]["adam_ema"]
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    pytest.importorskip("triton")
+    found = elsewhere(CUDA_VISIBLE_DEVICES="")["triton"]
+    assert found["ambient_noise"].startswith("not available: Triton kernels run on GPUs")
+    assert elsewhere(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")["triton"]["ambient_noise"] == "available"
+    monkeypatch.setitem(__import__("fastambient.system").system._OPERATORS, "ambient_noise", "no_such_triton")
+    assert information()["triton"]["ambient_noise"] == "not available: there is no Triton kernel of ambient_noise"
