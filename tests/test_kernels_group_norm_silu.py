@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,6 +218,80 @@ def test_module_replaces_group_norm_and_silu():
     torch.testing.assert_close(ours(x), F.silu(theirs(x)), rtol=1e-5, atol=1e-5)
     flat = torch.randn(2, 24)
     torch.testing.assert_close(ours(flat), F.silu(theirs(flat)), rtol=1e-5, atol=1e-5)
+
+
+def test_from_torch_shares_parameters():
+    norm = torch.nn.GroupNorm(6, 24, eps=1e-3)
+    torch.nn.init.normal_(norm.bias)
+    fused = torch.nn.Sequential(GroupNormSiLU.from_torch(norm), torch.nn.Identity())
+    x = torch.randn(2, 24, 5, 5)
+    torch.testing.assert_close(fused(x), F.silu(norm(x)), rtol=1e-5, atol=1e-5)
+    assert fused[0].weight is norm.weight
+    assert fused.state_dict().keys() == torch.nn.Sequential(norm, torch.nn.SiLU()).state_dict().keys()
+    with pytest.raises(ValueError, match="affine"):
+        GroupNormSiLU.from_torch(torch.nn.GroupNorm(6, 24, affine=False))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(2, 24), (2, 24, 9), (2, 24, 3, 4, 5)])
+def test_any_number_of_spatial_dimensions(impl, shape):
+    made = inputs(shape)
+    if len(shape) == 5:
+        made["x"] = made["x"].contiguous(memory_format=torch.channels_last_3d)
+    assert_within(errors(impl, made, 6, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("setting", ["auto", "native", "triton"])
+def test_float64_takes_the_reference_unless_another_is_named(monkeypatch, setting):
+    monkeypatch.setenv("FASTAMBIENT_IMPL", setting)
+    made = inputs((2, 24, 3, 3))
+    assert group_norm_silu(**made, groups=6).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="float64"):
+        group_norm_silu(**made, groups=6, impl="native")
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+def test_extreme_values(dtype, last):
+    """Far from 0 silu is 0 or the identity; a NaN stays in its group."""
+    made = {k: v.float() for k, v in inputs((1, 32, 9, 9), optional=(), last=last).items() if v is not None}
+    made["x"] = made["x"].to(dtype)
+    for bias, expected in ((-1e4, 0.0), (-200.0, 0.0), (1e4, 1e4), (200.0, 200.0)):
+        x = made["x"].clone().requires_grad_()
+        far = torch.full((32,), bias)
+        y = group_norm_silu(x, made["weight"] * 0, far, groups=8, impl="native")
+        y.sum().backward()
+        torch.testing.assert_close(y, torch.full_like(y, expected), rtol=2**-8, atol=1e-30)
+        assert x.grad.isfinite().all()
+    made["x"][0, 5, 3, 3] = float("nan")
+    y = group_norm_silu(**made, groups=8, impl="native")
+    assert y[0, 4:8].isnan().all() and not y[0, :4].isnan().any() and not y[0, 8:].isnan().any()
+
+
+@native
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_every_instruction_set(isa):
+    """FASTAMBIENT_ISA lowers the choice; the other tests run what this machine has best."""
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_kernels_group_norm_silu as t
+for shape in ((2, 20, 7, 9), (2, 160, 5, 5)):
+    for last in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            t.assert_within(t.errors("native", t.inputs(shape, last=last), 5, dtype), dtype)
+"""
+    environment = os.environ | {"FASTAMBIENT_ISA": isa}
+    subprocess.run([sys.executable, "-c", script, os.path.dirname(__file__)], check=True, env=environment)
+
+
+@native
+@pytest.mark.slow
+def test_inductor():
+    module = GroupNormSiLU(6, 24, impl="native")
+    x = torch.randn(2, 24, 4, 4)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
 
 
 @native

@@ -136,7 +136,7 @@ def _visible_and_fresh(
     """(y, eps), unflipped, in the working precision."""
     work = c.q.dtype
     x0 = images.to(work) / 127.5 - 1 if images.dtype == torch.uint8 else images.to(work)
-    numel = x0[0].numel()
+    numel = x0.shape[1:].numel()
     if not 0 < sigma_tn < float("inf"):
         y = x0  # plain EDM
     elif x_n is None:
@@ -166,6 +166,11 @@ def _reference_noise(
     return AmbientNoise(net_input.to(out_dtype, memory_format=memory_format), c)
 
 
+def _scaled(dF: Tensor, grad: Tensor) -> Tensor:
+    """dF of each sample times its gradient, rounded once: 1/96 in bfloat16 would shift every entry by 0.2 %."""
+    return (dF * _per_sample(grad)).to(dF.dtype)
+
+
 class _ReferenceLoss(torch.autograd.Function):
     """Keeps dF from the forward pass; backward only scales it."""
 
@@ -180,7 +185,7 @@ class _ReferenceLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (dF,) = ctx.saved_tensors
-        return dF * _per_sample(grad).to(dF.dtype), None, None
+        return _scaled(dF, grad), None, None
 
 
 # Registered fast paths: torch.ops.fastambient.ambient_{noise,loss}_{native,triton}. The arguments are those of the
@@ -265,7 +270,7 @@ class _FastLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (dF,) = ctx.saved_tensors
-        return dF * _per_sample(grad).to(dF.dtype), *[None] * ctx.unused
+        return _scaled(dF, grad), *[None] * ctx.unused
 
 
 def _fixed_form(
@@ -338,7 +343,7 @@ def ambient_noise(
     layout = memory_format or torch.contiguous_format
     taken = choose("ambient_noise", impl, images.device, _work_dtype(images, sigma, dtype))
     data = (images, ids, flips, positions, sigma, x_n, noise_seed, run_seed, sigma_tn, sigma_data)
-    if taken == "reference" or len(images) == 0:
+    if taken == "reference" or images.numel() == 0:
         return _reference_noise(*data, dtype, layout)
     net_input, table = _noise_ops[taken](*_fixed_form(*data), dtype, layout == torch.channels_last)
     return AmbientNoise(net_input, Coefficients(*table.unbind(0)))
@@ -378,7 +383,7 @@ def ambient_loss(
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     taken = choose("ambient_loss", impl, images.device, _work_dtype(images, sigma, F.dtype))
-    if taken == "reference" or len(images) == 0:
+    if taken == "reference" or images.numel() == 0:
         c = coefficients(_working_sigma(sigma, images), sigma_tn=sigma_tn, sigma_data=sigma_data, weighting=weighting)
         y, eps = _visible_and_fresh(images, ids, positions, c, sigma_tn, noise_seed, run_seed, x_n)
         return _ReferenceLoss.apply(F, c.A, _flip(_per_sample(c.alpha) * y + _per_sample(c.beta) * eps, flips))

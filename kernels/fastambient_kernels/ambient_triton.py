@@ -156,7 +156,9 @@ def configuration(numel: int, itemsize: int) -> dict[str, int]:
     if INTERPRETED:
         return {"VECTOR": vector, "ROWS": min(triton.next_power_of_2(triton.cdiv(numel, vector)), 8192)}
     block = 1024 if numel > 512 else 256
-    return {"VECTOR": vector, "ROWS": block // vector, "num_warps": block // 256}
+    # AMD's warps have 64 lanes: with fewer of them a lane still holds a whole row, and its accesses stay 128 bits wide.
+    warps = max(1, block // (64 * vector)) if torch.version.hip else block // 256
+    return {"VECTOR": vector, "ROWS": block // vector, "num_warps": warps}
 
 
 def _prepare(
@@ -240,6 +242,7 @@ def aot_cases() -> list[AotCase]:
             signature=signature | {"out": f"*{streamed}", "table": "*fp32", "samples": "i32"}, constexprs=constants,
             attrs=attrs | {"out": 16, "table": 16}, streamed=wide, tails=wide if flips else (),
             elements=1024 * (_BYTES[image] + _BYTES[streamed]), max_instructions=1500, max_registers=64,
+            amd_warps=1024 // (64 * constants["VECTOR"]),
         ))  # fmt: skip
         wide = () if last else ("F", "dF")
         cases.append(AotCase(
@@ -247,6 +250,7 @@ def aot_cases() -> list[AotCase]:
             signature=signature | {"partial": "*fp32", "F": f"*{streamed}", "dF": f"*{streamed}"},
             constexprs=constants | {"UNIT": False}, attrs=attrs | {"partial": 16, "F": 16, "dF": 16}, streamed=wide,
             tails=wide if flips else (), elements=1024 * (_BYTES[image] + 2 * _BYTES[streamed]),
-            max_instructions=1500, max_registers=80,
+            max_instructions=1500, max_registers=96 if last else 64,
+            amd_warps=1024 // (64 * constants["VECTOR"]),
         ))  # fmt: skip
     return cases

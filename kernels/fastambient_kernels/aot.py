@@ -3,8 +3,8 @@
     python -m fastambient_kernels.aot [--arch 90] [--report] [--compare] [--json FILE]
 
 A module ``*_triton.py`` (and triton_common.py) lists what it launches in a function ``aot_cases() -> list[AotCase]``:
-one entry for each kernel and configuration. Each is compiled for sm_80, sm_90, sm_100 and gfx942 (`aot_gates.py`) and
-must pass every gate there. The committed aot_report.json makes a change of the machine code show in review;
+one entry for each kernel and configuration. Each is compiled for sm_80, sm_90, sm_100 and gfx942 and must pass every
+gate of `aot_gates.py`. The committed aot_report.json makes a change of the machine code show in review;
 ``--compare`` fails where instructions or registers grew by more than 10 % under the same triton.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastambient_kernels.aot_gates import Row
 
 REPORT = Path(__file__).with_name("aot_report.json")
+BATCH = 12  # cases that a process of the pool takes at a time
 GROWTH = 1.10  # instructions and registers may grow to this factor of the committed report
 
 
@@ -84,11 +85,18 @@ def measure_all(cases: Sequence[AotCase], targets: Sequence[str], jobs: int) -> 
     """Rows of `cases` on `targets`, in that order; `jobs` above 1: from a pool of that many processes."""
     from fastambient_kernels.aot_gates import measure, measure_named
 
-    tasks = [(case, target) for case in cases for target in targets if target in (case.targets or targets)]
+    batches = []
+    for target in targets:
+        used = [case for case in cases if target in (case.targets or targets)]
+        batches += [(used[i : i + BATCH], target) for i in range(0, len(used), BATCH)]
     if jobs == 1:
-        return [measure(case, target) for case, target in tasks]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(measure_named, [case.name for case, _ in tasks], [target for _, target in tasks]))
+        measured = [measure(*batch) for batch in batches]
+    else:
+        names = [[case.name for case in batch] for batch, _ in batches]
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            measured = list(pool.map(measure_named, names, [target for _, target in batches]))
+    rows = {(row.case, row.target): row for batch in measured for row in batch}
+    return [rows[case.name, target] for case in cases for target in targets if (case.name, target) in rows]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -6,13 +6,9 @@ The rest is arithmetic on what the compiler returned: nothing is run, so a time 
 
 from __future__ import annotations
 
-import hashlib
-import re
-import subprocess
-import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -20,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastambient_kernels.aot import AotCase, all_cases
+from fastambient_kernels.aot_code import Code, is_wide, read_amd, read_nvidia
 from fastambient_kernels.aot_flow import Access, accesses
 
 WIDE = 128  # bits
@@ -76,18 +73,6 @@ class Row:
         return {key: value for key, value in asdict(self).items() if key != "failures"}
 
 
-@dataclass(frozen=True)
-class _Code:
-    """What stands in the machine code: Row's fields, and the global loads and stores by their mnemonics."""
-
-    instructions: int
-    registers: int
-    stack: int
-    spills: int
-    loads: list[str]
-    stores: list[str]
-
-
 def occupancy(target: Target, *, registers: int, shared: int, warps: int) -> float:
     """Share of a multiprocessor's warps that can live at once, for programs of `warps` warps."""
     allocated = -(-max(registers, 1) // target.granule) * target.granule
@@ -120,77 +105,7 @@ def compile_case(case: AotCase, name: str) -> Any:
     return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
 
 
-def _tool(name: str, cubin: bytes, *options: str) -> str:
-    """Output of a disassembler of triton's wheel, kept in triton's cache: the tools take half a second to start."""
-    key = hashlib.sha256(b"fastambient" + " ".join((name, *options)).encode() + cubin).hexdigest()
-    cache = triton.runtime.cache.get_cache_manager(key)
-    if kept := cache.get_file("text"):
-        return Path(kept).read_text()
-    path = getattr(triton.knobs.nvidia, name).path
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([path, *options, file.name], check=True, capture_output=True, text=True)
-    cache.put(done.stdout, "text", binary=False)
-    return done.stdout
-
-
-def _scan(text: str, instruction: str) -> list[str]:
-    """Mnemonics of a listing, without the endless jump and the NOPs that fill the last cache line."""
-    code: list[str] = []
-    label, filler = "", set()
-    for line in text.splitlines():
-        if here := re.match(r"(\.L\w+):", line):
-            label = here[1]
-        elif found := re.match(instruction, line):
-            if label and re.search(rf"\bBRA `\({label}\)", line):
-                filler.add(len(code))
-            code.append(found[1])
-            label = ""
-    while code and (code[-1] == "NOP" or len(code) - 1 in filler):
-        code.pop()
-    return code
-
-
-def _read_nvidia(compiled: Any) -> _Code:
-    usage = _tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
-    sass = _tool("nvdisasm", compiled.asm["cubin"], "-c", "-ndf")
-    code = _scan(sass, r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-    return _Code(
-        instructions=len(code),
-        registers=_number(r"\bREG:(\d+)", usage),
-        stack=_number(r"\bSTACK:(\d+)", usage),
-        spills=sum(op.startswith(("LDL", "STL")) for op in code),
-        loads=[op for op in code if re.match(r"(LDG|LDGSTS|LD)\.", op)],
-        stores=[op for op in code if re.match(r"(STG|REDG|ATOMG|ST)\.", op)],
-    )
-
-
-def _read_amd(compiled: Any) -> _Code:
-    text = compiled.asm["amdgcn"]
-    code = _scan(text.split("\n.Lfunc_end", 1)[0], r"\t((?:s|v|ds|global|buffer|flat|scratch)_(?!nop)\w+)")
-    return _Code(
-        instructions=len(code),
-        registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-        stack=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text),
-        loads=[op for op in code if re.match(r"(global|buffer|flat)_load", op)],
-        stores=[op for op in code if re.match(r"(global|buffer|flat)_(store|atomic)", op)],
-    )
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"{pattern} does not occur in the compiler's output: another version of triton?")
-    return int(found[1])
-
-
-def _is_wide(op: str) -> bool:
-    return bool(re.search(r"\.(128|256)\b|_dwordx4\b", op))
-
-
-def _narrow(case: AotCase, found: list[Access], code: _Code) -> list[str]:
+def _narrow(case: AotCase, found: list[Access], code: Code) -> list[str]:
     """The gate of the 128-bit accesses: a line for each streamed tensor that fails it."""
     failures = []
     for name in case.streamed:
@@ -203,16 +118,30 @@ def _narrow(case: AotCase, found: list[Access], code: _Code) -> list[str]:
             if narrow and (name not in case.tails or len(narrow) == len(widths)):
                 listed = ", ".join(f"{n} of {bits} bits" for bits, n in narrow.items())
                 failures.append(f"{name}: {kind}s narrower than {WIDE} bits: {listed}")
-            elif widths and not any(map(_is_wide, ops)):
+            elif widths and not any(map(is_wide, ops)):
                 failures.append(f"{name}: {kind}s of {WIDE} bits in LLVM IR, none in the machine code")
     return failures
 
 
-def measure(case: AotCase, name: str) -> Row:
-    """Compile, measure and judge one case on the target `name`, a key of TARGETS."""
+def measure(cases: Sequence[AotCase], name: str) -> list[Row]:
+    """Compile, measure and judge cases on the target `name`, a key of TARGETS. Many at once are cheaper."""
     target = TARGETS[name]
-    compiled = compile_case(case, name)
-    code = _read_nvidia(compiled) if target.backend == "cuda" else _read_amd(compiled)
+    kernels = [compile_case(case, name) for case in cases]
+    if target.backend == "cuda":
+        codes = read_nvidia(kernels, int(target.arch))
+    else:
+        codes = [read_amd(kernel) for kernel in kernels]
+    return [_judge(case, name, kernel, code) for case, kernel, code in zip(cases, kernels, codes, strict=True)]
+
+
+def measure_named(names: Sequence[str], target: str) -> list[Row]:
+    """`measure` for a process of a pool: kernels cannot be pickled, their names can."""
+    cases = {case.name: case for case in all_cases()}
+    return measure([cases[name] for name in names], target)
+
+
+def _judge(case: AotCase, name: str, compiled: Any, code: Code) -> Row:
+    target = TARGETS[name]
     arguments = [a for a in case.kernel.arg_names if a not in case.constexprs]
     failures = _narrow(case, accesses(compiled.asm["llir"], arguments), code)
     shared = compiled.metadata.shared
@@ -233,12 +162,7 @@ def measure(case: AotCase, name: str) -> Row:
     return Row(
         case=case.name, target=name, instructions=code.instructions, registers=code.registers, shared=shared,
         stack=code.stack, spills=code.spills, warps=warps, occupancy=round(share, 4), bytes=case.elements,
-        loads=f"{sum(map(_is_wide, code.loads))}/{len(code.loads)}",
-        stores=f"{sum(map(_is_wide, code.stores))}/{len(code.stores)}",
+        loads=f"{sum(map(is_wide, code.loads))}/{len(code.loads)}",
+        stores=f"{sum(map(is_wide, code.stores))}/{len(code.stores)}",
         failures=tuple(failures),
     )  # fmt: skip
-
-
-def measure_named(case: str, target: str) -> Row:
-    """`measure` for a process of a pool: kernels cannot be pickled, their names can."""
-    return measure(next(c for c in all_cases() if c.name == case), target)

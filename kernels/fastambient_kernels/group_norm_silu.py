@@ -42,11 +42,12 @@ def reference(
     u = x.to(work)
     if add is not None:
         u = u + spread(add)
-    # torch's channels-last kernel on the CPU computes E[x^2] - E[x]^2, so it is given values around 0. The norm does
-    # not change with a constant, so neither does its gradient: no need to differentiate the mean.
-    by_group = u.detach().unflatten(1, (groups, -1))
-    mean = by_group.mean(tuple(range(2, by_group.dim())), keepdim=True)
-    u = u - mean.expand(-1, -1, by_group.shape[2], *mean.shape[3:]).flatten(1, 2)
+    if not u.is_contiguous():
+        # torch's channels-last kernel on the CPU computes E[x^2] - E[x]^2, so it is given values around 0. A constant
+        # changes neither the norm nor its gradient: no need to differentiate the mean.
+        by_group = u.detach().unflatten(1, (groups, -1))
+        mean = by_group.mean(tuple(range(2, by_group.dim())), keepdim=True)
+        u = u - mean.expand(-1, -1, by_group.shape[2], *mean.shape[3:]).flatten(1, 2)
     w = F.group_norm(u, groups, weight.to(work), bias.to(work), eps)
     if scale is not None:
         w = w * (spread(scale) + 1)
@@ -58,62 +59,77 @@ def reference(
 _OPTIONAL = "Tensor? scale, Tensor? shift, Tensor? add, int groups"
 
 
-def _forward_native(
+def _empty_forward(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
     groups: int, eps: float, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, mean, rstd = _forward_fake(x, weight, bias, scale, shift, add, groups, eps, silu)
-    torch.ops.fastambient_native.group_norm_silu(x, weight, bias, scale, shift, add, y, mean, rstd, groups, eps, silu)
-    return y, mean, rstd
-
-
-def _forward_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    groups = rest[4]
     statistics = (x.shape[0], groups)
     return torch.empty_like(x), weight.new_empty(statistics), weight.new_empty(statistics)
 
 
-def _backward_native(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, add: Tensor | None, groups: int, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _backward_fake(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu)
-    dx, d_weight, d_bias, d_scale, d_shift, d_add = outputs
-    sum_dwz = torch.empty_like(d_shift)
-    torch.ops.fastambient_native.group_norm_silu_backward(
-        dy, x, mean, rstd, weight, bias, scale, shift, add, dx, d_shift, sum_dwz, d_weight, d_bias,
-        None if scale is None else d_scale, None if add is None else d_add, groups, silu,
-    )  # fmt: skip
-    return outputs
-
-
-def _backward_fake(
+def _empty_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
     shift: Tensor | None, add: Tensor | None, groups: int, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     per_sample = x.shape[:2]
-    # A registered operator always returns tensors: empty ones where there is no such input.
+    # A registered operator always returns tensors: empty ones where there is no such input. d_shift, the sum of dw, is
+    # always made: other sums are made of it.
     d_scale, d_add = (weight.new_empty(0 if v is None else per_sample) for v in (scale, add))
     d_shift = weight.new_empty(per_sample)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), d_scale, d_shift, d_add
 
 
-_forward_ops = {
-    "native": register(
-        f"group_norm_silu_native(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, float eps, bool silu)"
+def _module(impl: str) -> Any:
+    """What holds the functions group_norm_silu and group_norm_silu_backward that fill given outputs."""
+    if impl == "native":
+        return torch.ops.fastambient_native
+    from fastambient_kernels import group_norm_silu_triton  # type: ignore[attr-defined]
+
+    return group_norm_silu_triton
+
+
+def _run_forward(impl: str) -> Any:
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+        groups: int, eps: float, silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        outputs = _empty_forward(x, weight, bias, scale, shift, add, groups, eps, silu)
+        _module(impl).group_norm_silu(x, weight, bias, scale, shift, add, *outputs, groups, eps, silu)
+        return outputs
+
+    return run
+
+
+def _run_backward(impl: str) -> Any:
+    def run(
+        dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
+        shift: Tensor | None, add: Tensor | None, groups: int, silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        outputs = _empty_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu)
+        dx, d_weight, d_bias, d_scale, d_shift, d_add = outputs
+        _module(impl).group_norm_silu_backward(
+            dy, x, mean, rstd, weight, bias, scale, shift, add, dx, d_shift, torch.empty_like(d_shift),
+            d_weight, d_bias, None if scale is None else d_scale, None if add is None else d_add, groups, silu,
+        )  # fmt: skip
+        return outputs
+
+    return run
+
+
+_forward_ops, _backward_ops = {}, {}
+for _impl in ("native", "triton"):
+    _forward_ops[_impl] = register(
+        f"group_norm_silu_{_impl}(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, float eps, bool silu)"
         " -> (Tensor, Tensor, Tensor)",
-        _forward_native,
-        _forward_fake,
+        _run_forward(_impl),
+        _empty_forward,
     )
-}
-_backward_ops = {
-    "native": register(
-        f"group_norm_silu_backward_native(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
+    _backward_ops[_impl] = register(
+        f"group_norm_silu_backward_{_impl}(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
         f" {_OPTIONAL}, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _backward_native,
-        _backward_fake,
+        _run_backward(_impl),
+        _empty_backward,
     )
-}
 
 
 class _GroupNormSiLU(torch.autograd.Function):
@@ -132,10 +148,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     def backward(ctx, dy: Tensor):  # type: ignore[override]
         x, mean, rstd, weight, bias, scale, shift, add = ctx.saved_tensors
         groups, silu, impl = ctx.settings
-        # Gradients arrive expanded or in another memory format.
-        dy = dy.to(x.dtype).contiguous(memory_format=memory_format_of(x))
-        if dy.stride() != x.stride():
-            dy = torch.empty_like(x).copy_(dy)
+        dy = dy.contiguous(memory_format=memory_format_of(x))  # it may be expanded, or in another format
         dx, d_weight, d_bias, d_scale, d_shift, d_add = _backward_ops[impl](
             dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu
         )
@@ -146,12 +159,10 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Channels-last where x [N, C, H, W] lies so and not contiguous, else contiguous."""
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if x.dim() == 5 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return torch.contiguous_format
+    """The format to work in: channels-last where a pixel's channels lie side by side, else contiguous."""
+    if x.is_contiguous() or x.dim() not in (4, 5) or x.stride(1) != 1:
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def group_norm_silu(
@@ -171,7 +182,8 @@ def group_norm_silu(
 
     Parameters
     ----------
-    x : float [N, C, ...], contiguous or channels-last; float32, bfloat16, or float64 through the reference
+    x : float [N, C, ...], contiguous or channels-last; float32 or bfloat16. Under "auto", float64 (of x or weight)
+        goes through the reference, whatever FASTAMBIENT_IMPL says
     weight, bias : float [C]
     groups : divides C
     scale, shift, add : float [N, C], or None
@@ -199,6 +211,8 @@ def group_norm_silu(
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
     wide = torch.float64 in (x.dtype, weight.dtype)
+    if wide and impl == "auto":
+        impl = "reference"
     taken = choose("group_norm_silu", impl, x.device, torch.float64 if wide else x.dtype)
     if taken == "reference" or x.numel() == 0:
         return reference(x, weight, bias, groups, eps, scale, shift, add, silu)
@@ -230,6 +244,20 @@ class GroupNormSiLU(nn.Module):
         self.groups, self.eps, self.silu, self.impl = groups, eps, silu, impl
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+
+    @classmethod
+    def from_torch(cls, norm: nn.GroupNorm, *, silu: bool = True, impl: str = "auto") -> GroupNormSiLU:
+        """In place of `norm` (and of the nn.SiLU after it), sharing its parameters.
+
+        Raises
+        ------
+        ValueError : the norm has no weight and bias
+        """
+        if norm.weight is None or norm.bias is None:
+            raise ValueError("the GroupNorm must be affine: it has no weight and bias to share")
+        module = cls(norm.num_groups, norm.num_channels, norm.eps, silu=silu, impl=impl)
+        module.weight, module.bias = norm.weight, norm.bias
+        return module
 
     def forward(
         self, x: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None, add: Tensor | None = None

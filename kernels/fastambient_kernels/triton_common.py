@@ -116,6 +116,7 @@ def aot_cases() -> list[AotCase]:
             constexprs={"STREAM": 0, "ROWS": 1024 // vector, "VECTOR": vector},
             attrs={"out": 16, "seed_ptr": 16, "id_ptr": 16},
             num_warps=4,
+            amd_warps=1024 // (64 * vector),
             streamed=("out",),
             elements=1024 * 16 // vector,
             max_instructions=400,

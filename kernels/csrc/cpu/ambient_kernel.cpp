@@ -35,7 +35,7 @@ struct half {
   uint16_t bits;
 };
 inline float value(float x) { return x; }
-inline float value(uint8_t x) { return static_cast<float>(x) / 127.5f - 1.0f; }
+inline float value(uint8_t x) { return static_cast<float>(2 * x - 255) * (1.0f / 255.0f); }  // x / 127.5 - 1
 inline float value(half x) {  // exact: the exponent moves by a multiplication, which also normalises
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
   const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
@@ -55,10 +55,11 @@ class Channel {
     // Normals come in blocks, and start up to 3 elements before the tile.
     const int64_t size = batch.tile_rows() * batch.width + 4 * (kBlock + 1);
     memory_.resize(4 * size);
-    y = memory_.data(), mirrored_ = y + size, fresh_ = y + 2 * size, fixed_ = y + 3 * size;
+    y = memory_.data(), squares = y + size, fresh_ = y + 2 * size, fixed_ = y + 3 * size;
   }
 
   float* y;
+  float* squares;  // room for the losses of the tile's pixels
   const float* eps;
 
   void make(int64_t sample, float tau, int64_t channel, int64_t pixel, int64_t count) {
@@ -77,16 +78,25 @@ class Channel {
     eps = draw(fresh_, element, count, b.run_seed, b.positions[sample], 1);
   }
 
-  // `values` (y or eps's memory, overwritten at will) as the network sees it: mirrored along the width, or as it is.
-  const float* place(const float* values, int64_t sample, int64_t count) {
-    if (!batch_.flips || !batch_.flips[sample]) return values;
-    const int64_t width = batch_.width;
-    for (int64_t row = 0; row < count; row += width) {
-      const float* __restrict from = values + row;
-      float* __restrict to = mirrored_ + row;
-      for (int64_t w = 0; w < width; ++w) to[w] = from[width - 1 - w];
+  // Calls each(i, j, o) for the pixels of the tile in the order in which the network has them: i is where a pixel's y
+  // and eps lie (a flip mirrors rows), j counts, and o is its place in the network's memory.
+  template <class Each>
+  void for_pixels(int64_t sample, int64_t count, Each each) const {
+    const int64_t step = batch_.channels_last ? batch_.channels : 1, width = batch_.width;
+    if (!batch_.flips || !batch_.flips[sample]) {
+      if (step == 1)
+        for (int64_t j = 0; j < count; ++j) each(j, j, j);
+      else
+        for (int64_t j = 0; j < count; ++j) each(j, j, j * step);
+      return;
     }
-    return mirrored_;
+    for (int64_t row = 0; row < count; row += width) {
+      const int64_t last = row + width - 1;
+      if (step == 1)
+        for (int64_t w = 0; w < width; ++w) each(last - w, row + w, row + w);
+      else
+        for (int64_t w = 0; w < width; ++w) each(last - w, row + w, (row + w) * step);
+    }
   }
 
  private:
@@ -98,40 +108,19 @@ class Channel {
 
   const AmbientBatch& batch_;
   std::vector<float> memory_;
-  float *mirrored_, *fresh_, *fixed_;
+  float *fresh_, *fixed_;
 };
 
-// Pixels of one channel in the network's memory: apart by `step`, 1 or the number of channels.
-template <class T>
-void write(T* __restrict out, int64_t step, const float* __restrict x, int64_t count) {
-  if (step == 1)
-    for (int64_t i = 0; i < count; ++i) store(out + i, x[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) store(out + i * step, x[i]);
-}
-
-template <class T>
-inline float residual(const T* F, T* dF, float A, float target) {
-  const float r = A * load(F) - target;
-  store(dF, 2.0f * A * r);
-  return r * r;
-}
-
-// Writes dF and returns the sum of squares, in an order that depends on `count` alone.
-template <class T>
-double compare(const T* __restrict F, T* __restrict dF, int64_t step, float A, float* __restrict target, int64_t count) {
-  if (step == 1)
-    for (int64_t i = 0; i < count; ++i) target[i] = residual(F + i, dF + i, A, target[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) target[i] = residual(F + i * step, dF + i * step, A, target[i]);
+// In an order that depends on `count` alone.
+double sum(const float* values, int64_t count) {
   constexpr int64_t kSums = 32;
   float sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= count; i += kSums)
-    for (int64_t k = 0; k < kSums; ++k) sums[k] += target[i + k];
-  for (; i < count; ++i) sums[i % kSums] += target[i];
+    for (int64_t k = 0; k < kSums; ++k) sums[k] += values[i + k];
+  for (; i < count; ++i) sums[i % kSums] += values[i];
   double total = 0;
-  for (float sum : sums) total += sum;
+  for (float part : sums) total += part;
   return total;
 }
 
@@ -153,7 +142,6 @@ int64_t start_of(const AmbientBatch& b, int64_t sample, int64_t channel, int64_t
 template <class T>
 void noise(const AmbientBatch& b, T* net_input, float* table, int64_t begin, int64_t end) {
   Channel channel(b);
-  const int64_t step = b.channels_last ? b.channels : 1;
   for_tiles(b, begin, end, [&](int64_t, int64_t sample, int64_t pixel, int64_t count) {
     const Scalars k = scalars(b.sigma[sample], b.sigma_tn, b.sigma_data, false);
     if (pixel == 0) {
@@ -162,10 +150,10 @@ void noise(const AmbientBatch& b, T* net_input, float* table, int64_t begin, int
     }
     for (int64_t c = 0; c < b.channels; ++c) {
       channel.make(sample, k.tau, c, pixel, count);
-      float* __restrict x = channel.y;
-      const float* __restrict eps = channel.eps;
-      for (int64_t i = 0; i < count; ++i) x[i] = k.c_in * (x[i] + k.q * eps[i]);
-      write(net_input + start_of(b, sample, c, pixel), step, channel.place(x, sample, count), count);
+      const float *__restrict y = channel.y, *__restrict eps = channel.eps;
+      T* __restrict x = net_input + start_of(b, sample, c, pixel);
+      const float c_in = k.c_in, q = k.q;
+      channel.for_pixels(sample, count, [=](int64_t i, int64_t, int64_t o) { store(x + o, c_in * (y[i] + q * eps[i])); });
     }
   });
 }
@@ -173,20 +161,25 @@ void noise(const AmbientBatch& b, T* net_input, float* table, int64_t begin, int
 template <class T>
 void loss(const AmbientBatch& b, bool unit, const T* F, T* dF, double* partial, int64_t begin, int64_t end) {
   Channel channel(b);
-  const int64_t step = b.channels_last ? b.channels : 1;
   for_tiles(b, begin, end, [&](int64_t tile, int64_t sample, int64_t pixel, int64_t count) {
     const Scalars k = scalars(b.sigma[sample], b.sigma_tn, b.sigma_data, unit);
-    double sum = 0;
+    double total = 0;
     for (int64_t c = 0; c < b.channels; ++c) {
       channel.make(sample, k.tau, c, pixel, count);
-      float* __restrict target = channel.y;
-      const float* __restrict eps = channel.eps;
-      for (int64_t i = 0; i < count; ++i) target[i] = k.alpha * target[i] + k.beta * eps[i];
       const int64_t start = start_of(b, sample, c, pixel);
-      float* placed = const_cast<float*>(channel.place(target, sample, count));
-      sum += compare(F + start, dF + start, step, k.A, placed, count);
+      const float *__restrict y = channel.y, *__restrict eps = channel.eps;
+      const T* __restrict from = F + start;
+      T* __restrict to = dF + start;
+      float* __restrict squares = channel.squares;
+      const float A = k.A, alpha = k.alpha, beta = k.beta;
+      channel.for_pixels(sample, count, [=](int64_t i, int64_t j, int64_t o) {
+        const float residual = A * load(from + o) - (alpha * y[i] + beta * eps[i]);
+        store(to + o, 2.0f * A * residual);
+        squares[j] = residual * residual;
+      });
+      total += sum(squares, count);
     }
-    partial[tile] = sum;
+    partial[tile] = total;
   });
 }
 

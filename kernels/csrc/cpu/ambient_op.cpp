@@ -28,7 +28,7 @@ AmbientBatch describe(const Tensor& images, const Tensor& ids, const std::option
                       const Tensor& positions, const Tensor& sigma, const std::optional<Tensor>& x_n,
                       const Tensor& noise_seed, const Tensor& run_seed, double sigma_tn, double sigma_data,
                       const Tensor& network, bool channels_last) {
-  STD_TORCH_CHECK(images.dim() == 4, "ambient: images must be [N, C, H, W]");
+  STD_TORCH_CHECK(images.dim() == 4 && images.numel() > 0, "ambient: images must be [N, C, H, W] and not empty");
   AmbientBatch b{};
   b.samples = images.size(0), b.channels = images.size(1), b.height = images.size(2), b.width = images.size(3);
   const int64_t count = images.numel();
