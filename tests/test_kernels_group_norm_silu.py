@@ -139,12 +139,13 @@ def test_any_size(n, per_group, groups, height, width, last, seed):
 
 @native
 @pytest.mark.parametrize("last", [True, False])
-def test_independent_of_threads_batch_and_layout(last):
-    made = {k: v.float() for k, v in inputs((6, 64, 40, 40), last=last).items()}
+@pytest.mark.parametrize("samples", [1, 4, 6])  # on three threads: pieces of samples, and whole ones
+def test_independent_of_threads_and_batch(last, samples):
+    made = {k: v.float() for k, v in inputs((samples, 64, 40, 40), last=last).items()}
 
     def call(m):
         dy = torch.ones(len(m["x"]), 64, 40, 40)
-        return run(lambda **k: group_norm_silu(groups=16, impl="native", **k), m, torch.float32, dy)
+        return run(lambda **k: group_norm_silu(groups=16 if last else 2, impl="native", **k), m, torch.float32, dy)
 
     y, grads = call(made)
     try:
@@ -153,8 +154,8 @@ def test_independent_of_threads_batch_and_layout(last):
     finally:
         torch.set_num_threads(1)
     assert torch.equal(y, y3) and all(torch.equal(grads[k], grads3[k]) for k in grads)
-    part, part_grads = call({k: v[2:3] if k in ("x", "scale", "shift", "add") else v for k, v in made.items()})
-    assert torch.equal(part[0], y[2]) and torch.equal(part_grads["x"][0], grads["x"][2])
+    part, part_grads = call({k: v[-1:] if k in ("x", "scale", "shift", "add") else v for k, v in made.items()})
+    assert torch.equal(part[0], y[-1]) and torch.equal(part_grads["x"][0], grads["x"][-1])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -153,7 +153,8 @@ void noise(const AmbientBatch& b, T* net_input, float* table, int64_t begin, int
       const float *__restrict y = channel.y, *__restrict eps = channel.eps;
       T* __restrict x = net_input + start_of(b, sample, c, pixel);
       const float c_in = k.c_in, q = k.q;
-      channel.for_pixels(sample, count, [=](int64_t i, int64_t, int64_t o) { store(x + o, c_in * (y[i] + q * eps[i])); });
+      channel.for_pixels(sample, count,
+                         [=](int64_t i, int64_t, int64_t o) { store(x + o, c_in * (y[i] + q * eps[i])); });
     }
   });
 }

@@ -33,16 +33,18 @@ struct Merge {
 // --- channels-last pieces ---
 
 // Where a piece of channels-last data lies.
-struct Block {
-  int64_t offset, count, lines, width, tail;
+struct Block : Lines {
+  int64_t first, offset;
   Block(const Job& job, int64_t unit, int64_t piece) {
-    const int64_t first = piece * job.piece_pixels;
-    count = job.pixels - first < job.piece_pixels ? job.pixels - first : job.piece_pixels;
+    const int64_t blocks = job.channels / job.unit_channels;
+    first = piece * job.piece_pixels;
+    const int64_t count = job.pixels - first < job.piece_pixels ? job.pixels - first : job.piece_pixels;
     const int64_t fold = count < job.fold ? count : job.fold;
-    offset = (unit * job.pixels + first) * job.channels;
+    offset = (unit / blocks * job.pixels + first) * job.channels + unit % blocks * job.unit_channels;
     lines = count / fold;
-    width = fold * job.channels;
-    tail = count % fold * job.channels;
+    width = fold * job.unit_channels;
+    tail = count % fold * job.unit_channels;
+    pitch = fold * job.channels;
   }
 };
 
@@ -50,13 +52,14 @@ template <class T, bool kSilu>
 void partial_block(const Job& job, int64_t unit, int64_t piece, const State& c, float* part) {
   const Block at(job, unit, piece);
   const T* x = static_cast<const T*>(job.x) + at.offset;
-  float *s0 = part, *s1 = s0 + at.width, *s2 = s1 + at.width;
+  float *s0 = part, *s1 = s0 + at.width, *s2 = s1 + at.width, *unkept = s2 + at.width;
   if (job.backward) {
-    sums_of_lines<T, kSilu, const float*>(x, static_cast<const T*>(job.dy) + at.offset, c.a, c.b, c.m, at.lines,
-                                          at.width, at.tail, s0, s1, s2);
+    float* kept = c.dv ? c.dv + at.first * job.unit_channels : unkept;
+    sums_of_lines<T, kSilu, const float*>(x, static_cast<const T*>(job.dy) + at.offset, c.a, c.b, c.m, at, kept,
+                                          c.dv ? at.width : 0, s0, s1, s2);
   } else {  // shifted by the first line
     for (int64_t j = 0; j < at.width; ++j) s0[j] = load(x + j);
-    moments_of_lines<T, const float*>(x, s0, at.lines, at.width, at.tail, s1, s2);
+    moments_of_lines<T, const float*>(x, s0, at, s1, s2);
   }
 }
 
@@ -66,12 +69,13 @@ void apply_block(const Job& job, int64_t unit, int64_t piece, const State& c) {
   const T *x = static_cast<const T*>(job.x) + at.offset, *dy = static_cast<const T*>(job.dy);
   T* out = static_cast<T*>(job.out) + at.offset;
   if (job.backward) dy += at.offset;
-  for (int64_t i = 0, j = 0; i <= at.lines; ++i, j += at.width) {
-    const int64_t width = i < at.lines ? at.width : at.tail;
+  const float* kept = c.dv ? c.dv + at.first * job.unit_channels : nullptr;
+  for (int64_t i = 0, j = 0; i <= at.lines; ++i, j += at.pitch) {
     if (job.backward)
-      backward_line<T, kSilu, const float*>(x + j, dy + j, out + j, c.a, c.b, c.c1, c.c0, width);
+      backward_line<T, kSilu, const float*>(x + j, dy + j, kept ? kept + i * at.width : nullptr, out + j, c.a, c.b,
+                                            c.c1, c.c0, at.size(i));
     else
-      forward_line<T, kSilu, const float*>(x + j, out + j, c.a, c.b, width);
+      forward_line<T, kSilu, const float*>(x + j, out + j, c.a, c.b, at.size(i));
   }
 }
 
@@ -90,16 +94,18 @@ void partial_channel(const Job& job, int64_t unit, int64_t piece, const State& c
   if (job.backward) dy += offset;
   for (int64_t i = 0; i < job.pixels; i += kChannelBlock) {
     const int64_t size = job.pixels - i < kChannelBlock ? job.pixels - i : kChannelBlock;
-    float s0[kLine], s1[kLine], s2[kLine];
+    const Lines of{size / kLine, kLine, size % kLine, kLine};
+    float s0[kLine], s1[kLine], s2[kLine], unkept[kLine];
     if (job.backward) {
-      sums_of_lines<T, kSilu>(x + i, dy + i, Same{c.a[piece]}, Same{c.b[piece]}, Same{c.m[piece]}, size / kLine, kLine,
-                              size % kLine, s0, s1, s2);
+      float* kept = c.dv ? c.dv + piece * job.pixels + i : unkept;
+      sums_of_lines<T, kSilu>(x + i, dy + i, Same{c.a[piece]}, Same{c.b[piece]}, Same{c.m[piece]}, of, kept,
+                              c.dv ? kLine : 0, s0, s1, s2);
       c.s0[piece] += add_up(s0);
       c.s1[piece] += add_up(s1);
       c.s2[piece] += add_up(s2);
     } else {
       const float shift = load(x + i);
-      moments_of_lines(x + i, Same{shift}, size / kLine, kLine, size % kLine, s1, s2);
+      moments_of_lines(x + i, Same{shift}, of, s1, s2);
       Merge(i, size)(c.s1[piece], c.s2[piece], shift, add_up(s1), add_up(s2));
     }
   }
@@ -112,8 +118,8 @@ void apply_channel(const Job& job, int64_t unit, int64_t piece, const State& c) 
   T* out = static_cast<T*>(job.out) + offset;
   const Same a{c.a[piece]}, b{c.b[piece]};
   if (job.backward)
-    backward_line<T, kSilu>(x, static_cast<const T*>(job.dy) + offset, out, a, b, Same{c.c1[piece]}, Same{c.c0[piece]},
-                            job.pixels);
+    backward_line<T, kSilu>(x, static_cast<const T*>(job.dy) + offset, c.dv ? c.dv + piece * job.pixels : nullptr, out,
+                            a, b, Same{c.c1[piece]}, Same{c.c0[piece]}, job.pixels);
   else
     forward_line<T, kSilu>(x, out, a, b, job.pixels);
 }
@@ -181,25 +187,21 @@ void gradients(const Job& job, int64_t n, int64_t base, int64_t first, int64_t c
 }
 
 void repeat(const Job& job, float* line) {  // coefficients of one pixel, for all pixels of a line
-  for (int64_t j = job.channels; j < job.line(); ++j) line[j] = line[j - job.channels];
+  for (int64_t j = job.unit_channels; j < job.line(); ++j) line[j] = line[j - job.unit_channels];
 }
 
-// Call f(sample, first channel of the arrays, first channel, channels) for each group of a unit.
+// Call f(sample, first channel of the unit, first channel, channels) for each group of a unit.
 template <class F>
 void each_group(const Job& job, int64_t unit, const F& f) {
-  const int64_t count = job.channels / job.groups;
-  if (!job.channels_last) {
-    const int64_t first = unit % job.groups * count;
-    f(unit / job.groups, first, first, count);
-    return;
-  }
-  for (int64_t first = 0; first < job.channels; first += count) f(unit, int64_t{0}, first, count);
+  const int64_t blocks = job.channels / job.unit_channels, count = job.channels / job.groups;
+  const int64_t n = unit / blocks, base = unit % blocks * job.unit_channels;
+  for (int64_t first = base; first < base + job.unit_channels; first += count) f(n, base, first, count);
 }
 
 }  // namespace
 
-// The four steps of a unit, in order: begin, for each piece partial, for each piece in order gather, finish, for each
-// piece apply.
+// The steps of a unit, in order: begin; partial for each piece; gather for each piece in order (channels-last only: a
+// contiguous piece has its own channel); finish; apply for each piece.
 
 void gns_begin(const Job& job, int64_t unit, const State& state) {
   for (int64_t j = 0; j < State::doubles(job); ++j) state.s0[j] = 0;
@@ -207,8 +209,7 @@ void gns_begin(const Job& job, int64_t unit, const State& state) {
   each_group(job, unit, [&](int64_t n, int64_t base, int64_t first, int64_t count) {
     affine(job, n, base, first, count, state);
   });
-  if (job.channels_last)
-    for (float* line : {state.a, state.b, state.m}) repeat(job, line);
+  for (float* line : {state.a, state.b, state.m}) repeat(job, line);
 }
 
 #define FA_FOR_TYPES(name, ...)                                                                      \
@@ -223,14 +224,13 @@ void gns_partial(const Job& job, int64_t unit, int64_t piece, const State& state
 }
 
 void gns_gather(const Job& job, int64_t unit, int64_t piece, const State& state, const float* part) {
-  if (!job.channels_last) return;  // a contiguous piece has its own channel
   const Block at(job, unit, piece);
   double *__restrict s0 = state.s0, *__restrict s1 = state.s1, *__restrict s2 = state.s2;
   double seen = static_cast<double>(piece * job.piece_pixels);
-  for (int64_t column = 0; column < at.width; column += job.channels) {
+  for (int64_t column = 0; column < at.width; column += job.unit_channels) {
     const float *__restrict p0 = part + column, *__restrict p1 = p0 + at.width, *__restrict p2 = p1 + at.width;
     if (job.backward) {
-      for (int64_t c = 0; c < job.channels; ++c) {
+      for (int64_t c = 0; c < job.unit_channels; ++c) {
         s0[c] += p0[c];
         s1[c] += p1[c];
         s2[c] += p2[c];
@@ -238,7 +238,7 @@ void gns_gather(const Job& job, int64_t unit, int64_t piece, const State& state,
     } else {
       const double block = static_cast<double>(at.lines + (column < at.tail));
       const Merge merge(seen, block);
-      for (int64_t c = 0; c < job.channels; ++c) merge(s1[c], s2[c], p0[c], p1[c], p2[c]);
+      for (int64_t c = 0; c < job.unit_channels; ++c) merge(s1[c], s2[c], p0[c], p1[c], p2[c]);
       seen += block;
     }
   }
@@ -253,7 +253,6 @@ void gns_finish(const Job& job, int64_t unit, const State& state) {
       affine(job, n, base, first, count, state);
     }
   });
-  if (!job.channels_last) return;
   if (job.backward)
     for (float* line : {state.c1, state.c0}) repeat(job, line);
   else

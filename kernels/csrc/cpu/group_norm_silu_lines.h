@@ -69,21 +69,26 @@ struct Same {
   Same operator+(int64_t) const { return *this; }
 };
 
-// Sums of d and d^2, d = x - shift, of `lines` lines and a last one of `tail` values.
+// `lines` lines whose starts lie `pitch` apart, and a last one of `tail` values.
+struct Lines {
+  int64_t lines, width, tail, pitch;
+  int64_t size(int64_t i) const { return i < lines ? width : tail; }
+};
+
+// Sums of d and d^2, d = x - shift.
 template <class T, class C>
-[[gnu::always_inline]] inline void moments_of_lines(const T* x, C shift, int64_t lines, int64_t width, int64_t tail,
-                                                    float* s1, float* s2) {
+[[gnu::always_inline]] inline void moments_of_lines(const T* x, C shift, const Lines& of, float* s1, float* s2) {
   constexpr int kTogether = 4;
   float buffer[kTogether][kSpan];
-  for (int64_t j = 0; j < width; ++j) s1[j] = s2[j] = 0.0f;
-  for (int64_t i = 0; i <= lines;) {
-    const int64_t step = i + kTogether <= lines ? kTogether : 1, end = i < lines ? width : tail;
+  for (int64_t j = 0; j < of.width; ++j) s1[j] = s2[j] = 0.0f;
+  for (int64_t i = 0; i <= of.lines;) {
+    const int64_t step = i + kTogether <= of.lines ? kTogether : 1, end = of.size(i);
     for (int64_t at = 0; at < end; at += kSpan) {
       const int64_t count = end - at < kSpan ? end - at : kSpan;
       const C k = shift + at;
       float *t1 = s1 + at, *t2 = s2 + at;
       const float* q[kTogether];
-      for (int64_t l = 0; l < step; ++l) q[l] = widen(x + (i + l) * width + at, count, buffer[l]);
+      for (int64_t l = 0; l < step; ++l) q[l] = widen(x + (i + l) * of.pitch + at, count, buffer[l]);
       if (step == kTogether) {
         const float *q0 = q[0], *q1 = q[1], *q2 = q[2], *q3 = q[3];
 #pragma GCC ivdep
@@ -106,22 +111,23 @@ template <class T, class C>
   }
 }
 
-// Sums of x - m, dv and dv*(x - m).
+// Sums of x - m, dv and dv*(x - m). dv of line i goes to kept + i*kept_pitch.
 template <class T, bool kSilu, class C>
-[[gnu::always_inline]] inline void sums_of_lines(const T* x, const T* dy, C a, C b, C m, int64_t lines, int64_t width,
-                                                 int64_t tail, float* s0, float* s1, float* s2) {
+[[gnu::always_inline]] inline void sums_of_lines(const T* x, const T* dy, C a, C b, C m, const Lines& of, float* kept,
+                                                 int64_t kept_pitch, float* s0, float* s1, float* s2) {
   float x_buffer[kSpan], dy_buffer[kSpan];
-  for (int64_t j = 0; j < width; ++j) s0[j] = s1[j] = s2[j] = 0.0f;
-  for (int64_t i = 0; i <= lines; ++i, x += width, dy += width) {
-    const int64_t end = i < lines ? width : tail;
+  for (int64_t j = 0; j < of.width; ++j) s0[j] = s1[j] = s2[j] = 0.0f;
+  for (int64_t i = 0; i <= of.lines; ++i, x += of.pitch, dy += of.pitch, kept += kept_pitch) {
+    const int64_t end = of.size(i);
     for (int64_t at = 0; at < end; at += kSpan) {
       const int64_t count = end - at < kSpan ? end - at : kSpan;
       const float *p = widen(x + at, count, x_buffer), *q = widen(dy + at, count, dy_buffer);
       const C aa = a + at, bb = b + at, mm = m + at;
-      float *t0 = s0 + at, *t1 = s1 + at, *t2 = s2 + at;
+      float *t0 = s0 + at, *t1 = s1 + at, *t2 = s2 + at, *to = kept + at;
 #pragma GCC ivdep
       for (int64_t j = 0; j < count; ++j) {
         const float centred = p[j] - mm[j], dv = q[j] * slope<kSilu>(p[j] * aa[j] + bb[j]);
+        to[j] = dv;
         t0[j] += centred;
         t1[j] += dv;
         t2[j] += dv * centred;
@@ -144,17 +150,23 @@ void forward_line(const T* x, T* y, C a, C b, int64_t width) {
   }
 }
 
+// From the dv that was kept, or (null) from dy again.
 template <class T, bool kSilu, class C>
-void backward_line(const T* x, const T* dy, T* dx, C a, C b, C c1, C c0, int64_t width) {
-  float x_buffer[kSpan], dy_buffer[kSpan];
+void backward_line(const T* x, const T* dy, const float* kept, T* dx, C a, C b, C c1, C c0, int64_t width) {
+  float x_buffer[kSpan], dy_buffer[kSpan], dv_buffer[kSpan];
   for (int64_t at = 0; at < width; at += kSpan, x += kSpan, dy += kSpan, dx += kSpan) {
     const int64_t count = width - at < kSpan ? width - at : kSpan;
-    const float *p = widen(x, count, x_buffer), *q = widen(dy, count, dy_buffer);
-    float* out = target(dx, x_buffer);
+    const float *p = widen(x, count, x_buffer), *dv = kept + at;
     const C aa = a + at, bb = b + at, k1 = c1 + at, k0 = c0 + at;
+    if (!kept) {
+      const float* q = widen(dy, count, dy_buffer);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j)
-      out[j] = aa[j] * (q[j] * slope<kSilu>(p[j] * aa[j] + bb[j])) + (k1[j] * p[j] + k0[j]);
+      for (int64_t j = 0; j < count; ++j) dv_buffer[j] = q[j] * slope<kSilu>(p[j] * aa[j] + bb[j]);
+      dv = dv_buffer;
+    }
+    float* out = target(dx, x_buffer);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) out[j] = aa[j] * dv[j] + (k1[j] * p[j] + k0[j]);
     narrow(out, count, dx);
   }
 }

@@ -3,6 +3,10 @@
 #include <memory>
 #include <optional>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -26,6 +30,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread
+constexpr int64_t kUnit = 65536;   // elements of a unit that stay in a second-level cache, as float32
 
 // Scratch for one unit or several.
 struct Scratch {
@@ -50,7 +55,7 @@ void run_units(const GroupNormJob& job, int64_t begin, int64_t end) {
     FA_CALL(gns_begin, job, unit, state);
     for (int64_t piece = 0; piece < job.pieces; ++piece) {
       FA_CALL(gns_partial, job, unit, piece, state, part);
-      FA_CALL(gns_gather, job, unit, piece, state, part);
+      if (job.channels_last) FA_CALL(gns_gather, job, unit, piece, state, part);
     }
     FA_CALL(gns_finish, job, unit, state);
     for (int64_t piece = 0; piece < job.pieces; ++piece) FA_CALL(gns_apply, job, unit, piece, state);
@@ -70,7 +75,7 @@ void run_pieces(const GroupNormJob& job, int64_t grain) {
   torch::stable::parallel_for(0, job.units, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const GroupNormState state = scratch.state(job, unit);
-      for (int64_t piece = 0; piece < job.pieces; ++piece)
+      for (int64_t piece = 0; piece < job.pieces && job.channels_last; ++piece)
         FA_CALL(gns_gather, job, unit, piece, state, scratch.part(job, unit * job.pieces + piece));
       FA_CALL(gns_finish, job, unit, state);
     }
@@ -81,9 +86,21 @@ void run_pieces(const GroupNormJob& job, int64_t grain) {
   });
 }
 
+// Ask for 2 MiB pages under a large output. It is mostly fresh memory, and faults on 4 KiB pages then cost several times
+// what the arithmetic does. A hint: it changes nothing where memory is in use already, or where the system has none.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 void run(const GroupNormJob& job) {
-  const int64_t unit_elements = job.pixels * job.unit_channels();
+  const int64_t unit_elements = job.pixels * job.unit_channels;
   const int64_t elements = job.units * unit_elements;
+  prefer_huge_pages(job.out, elements * (job.low_precision ? 2 : 4));
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (elements + kGrain - 1) / kGrain);
   if (threads <= 1) return run_units(job, 0, job.units);
   // Whole units leave threads idle at the end; more than a quarter of the time is too much.
@@ -99,17 +116,27 @@ void run(const GroupNormJob& job) {
 
 // --- tensors ---
 
+// How many channels-last channels make a unit: as many whole groups as the cache holds, in rows of 32 channels or more.
+int64_t channels_of_unit(const GroupNormJob& job) {
+  const int64_t size = job.channels / job.groups;
+  int64_t best = job.channels;
+  for (int64_t groups = job.groups; groups > 0; --groups)
+    if (job.groups % groups == 0 && groups * size >= 32 && best * job.pixels > kUnit) best = groups * size;
+  return best;
+}
+
 void lay_out(GroupNormJob& job) {
+  job.unit_channels = job.channels_last ? channels_of_unit(job) : job.channels / job.groups;
+  job.units = job.samples * (job.channels / job.unit_channels);
+  job.keep = job.backward && job.unit_channels * job.pixels <= kUnit;
   job.fold = 1;
   job.piece_pixels = job.pixels;
-  job.pieces = job.channels / job.groups;
-  job.units = job.samples * job.groups;
+  job.pieces = job.unit_channels;
   if (!job.channels_last) return;
-  while (job.fold * job.channels < 128 && 2 * job.fold <= job.pixels) job.fold *= 2;
-  job.piece_pixels = std::max<int64_t>(16, 16384 / job.channels);
+  while (job.unit_channels == job.channels && job.fold * job.channels < 128 && 2 * job.fold <= job.pixels) job.fold *= 2;
+  job.piece_pixels = std::max<int64_t>(16, 16384 / job.unit_channels);
   job.piece_pixels += (job.fold - job.piece_pixels % job.fold) % job.fold;
   job.pieces = (job.pixels + job.piece_pixels - 1) / job.piece_pixels;
-  job.units = job.samples;
 }
 
 const float* rows(const std::optional<Tensor>& t, const char* name, const GroupNormJob& job, int64_t& stride) {
@@ -156,11 +183,12 @@ void check_like(const Tensor& t, const Tensor& x, const char* name) {
 
 GroupNormJob describe(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
                       const std::optional<Tensor>& shift, const std::optional<Tensor>& add, const Tensor& out,
-                      const Tensor& mean, const Tensor& rstd, int64_t groups, bool silu) {
+                      const Tensor& mean, const Tensor& rstd, int64_t groups, bool silu, bool backward) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 2 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
                   "group_norm_silu: x must be [N, C, ...] in float32 or bfloat16 on the CPU");
   GroupNormJob job{};
+  job.backward = backward;
   job.low_precision = dtype == ScalarType::BFloat16;
   job.channels_last = is_channels_last(x);
   job.silu = silu;
@@ -188,7 +216,7 @@ GroupNormJob describe(const Tensor& x, const Tensor& weight, const Tensor& bias,
 void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
              const std::optional<Tensor>& shift, const std::optional<Tensor>& add, const Tensor& y, const Tensor& mean,
              const Tensor& rstd, int64_t groups, double eps, bool silu) {
-  GroupNormJob job = describe(x, weight, bias, scale, shift, add, y, mean, rstd, groups, silu);
+  GroupNormJob job = describe(x, weight, bias, scale, shift, add, y, mean, rstd, groups, silu, false);
   job.eps = eps;
   run(job);
 }
@@ -198,9 +226,8 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tenso
               const std::optional<Tensor>& add, const Tensor& dx, const Tensor& sum_dv, const Tensor& sum_dvz,
               const Tensor& d_weight, const Tensor& d_bias, const std::optional<Tensor>& d_scale,
               const std::optional<Tensor>& d_add, int64_t groups, bool silu) {
-  GroupNormJob job = describe(x, weight, bias, scale, shift, add, dx, mean, rstd, groups, silu);
+  GroupNormJob job = describe(x, weight, bias, scale, shift, add, dx, mean, rstd, groups, silu, true);
   check_like(dy, x, "dy");
-  job.backward = true;
   job.dy = dy.const_data_ptr();
   const int64_t count = job.samples * job.channels;
   job.sum_dv = floats(sum_dv, "sum_dv", count);

@@ -37,8 +37,10 @@ inline float log_unit(float u) {
   const float e = static_cast<float>(exponent);
   // Minimax polynomial of (log(1+f) - f + f^2/2) / f^3, relative error 5e-9 in the logarithm.
   const float z = f * f;  // the polynomial in pairs: half the latency of one chain
-  const float low = (0.3333321511745453f - 0.24999797344207764f * f) + z * (0.20010407269001007f - 0.16680486500263214f * f);
-  const float high = (0.14005857706069946f - 0.12184272706508636f * f) + z * (0.13984493911266327f - 0.12891626358032227f * f);
+  const float low =
+      (0.3333321511745453f - 0.24999797344207764f * f) + z * (0.20010407269001007f - 0.16680486500263214f * f);
+  const float high =
+      (0.14005857706069946f - 0.12184272706508636f * f) + z * (0.13984493911266327f - 0.12891626358032227f * f);
   const float p = low + z * z * high;
   return e * 0.693359375f + (f + (z * (p * f - 0.5f) - e * 2.12194440054690583e-4f));
 }
@@ -114,7 +116,8 @@ inline void philox(uint32_t (&words)[4][kBlock], uint32_t first, uint64_t seed, 
 }
 
 // Normals of elements 4*first .. 4*(first + blocks) - 1 of one id; `blocks` is rounded up to a multiple of kBlock.
-inline void normals(float* __restrict out, uint32_t first, int64_t blocks, uint64_t seed, uint64_t id, uint32_t stream) {
+inline void normals(float* __restrict out, uint32_t first, int64_t blocks, uint64_t seed, uint64_t id,
+                    uint32_t stream) {
   uint32_t words[4][kBlock];
   for (int64_t start = 0; start < blocks; start += kBlock) {
     philox(words, first + static_cast<uint32_t>(start), seed, id, stream);
