@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -71,8 +71,8 @@ def by_torch(kind, dtype, steps, *, bf16=False):
     return results(params, optimizer, emas)
 
 
-def by_us(kind, impl, steps, *, bf16=False, reload_at=None, **options):
-    params = parameters(torch.float32)
+def by_us(kind, impl, steps, *, bf16=False, reload_at=None, device="cpu", **options):
+    params = [torch.nn.Parameter(p.detach().to(device)) for p in parameters(torch.float32)]
     decoupled = kind is torch.optim.AdamW
 
     def make():
@@ -88,7 +88,7 @@ def by_us(kind, impl, steps, *, bf16=False, reload_at=None, **options):
             g = gradient(step, i, raw=True)
             if bf16:
                 p.grad_dtype = None
-            p.grad = g.bfloat16() if bf16 and g is not None else g
+            p.grad = None if g is None else (g.bfloat16() if bf16 else g).to(device)
         optimizer.step(ema_betas=BETAS)
         if step % 50 == 7:
             assert optimizer.nonfinite == 3 * sum(p.grad is not None and p.grad.numel() > 3 for p in params)
@@ -99,7 +99,7 @@ def by_us(kind, impl, steps, *, bf16=False, reload_at=None, **options):
 
 def error(got, true):
     """Relative to each entry or the typical one; (largest, root mean square)."""
-    got, true = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (got, true))
+    got, true = (torch.cat([t.detach().double().cpu().flatten() for t in ts]) for ts in (got, true))
     relative = (got - true).abs() / (true.abs() + true.abs().median())
     return relative.max(), relative.square().mean().sqrt()
 
@@ -111,28 +111,21 @@ def assert_gate(ours, low, high):
             assert mine <= 2 * theirs + 2**-24, f"{name}: {what} error {mine:.2e}, torch's is {theirs:.2e}"
 
 
-@pytest.fixture(scope="module")
-def oracle():
-    kept = {}
-
-    def run(kind, steps, bf16=False):
-        key = kind, steps, bf16
-        if key not in kept:
-            kept[key] = tuple(by_torch(kind, dtype, steps, bf16=bf16) for dtype in (torch.float32, torch.float64))
-        return kept[key]
-
-    return run
+@cache
+def oracle(kind, steps, bf16=False):
+    """(float32, float64)"""
+    return tuple(by_torch(kind, dtype, steps, bf16=bf16) for dtype in (torch.float32, torch.float64))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_200_steps(nan_filled, oracle, impl, kind):
+def test_200_steps(nan_filled, impl, kind):
     """Three groups, missing gradients, NaN and infinite entries, and an optimizer loaded on the way."""
     assert_gate(by_us(kind, impl, 200, reload_at=101), *oracle(kind, 200))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_bfloat16_gradients(nan_filled, oracle, impl):
+def test_bfloat16_gradients(nan_filled, impl):
     assert_gate(by_us(torch.optim.Adam, impl, 200, bf16=True), *oracle(torch.optim.Adam, 200, True))
 
 
@@ -158,67 +151,10 @@ def plant(monkeypatch, fault):
 
 @pytest.mark.parametrize("fault", ["beta1", "decay", "average", "tail"])
 @pytest.mark.parametrize("impl", [native])
-def test_the_gate_sees_a_fault(monkeypatch, oracle, impl, fault):
+def test_the_gate_sees_a_fault(monkeypatch, impl, fault):
     plant(monkeypatch, fault)
     with pytest.raises(AssertionError, match="error"):
         assert_gate(by_us(torch.optim.Adam, impl, 200), *oracle(torch.optim.Adam, 200))
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_state_dict_goes_both_ways(impl):
-    """Each optimizer continues what the other began, as one optimizer would."""
-
-    def steps(optimizer, params, first, last):
-        for step in range(first, last):
-            for i, p in enumerate(params):
-                p.grad = gradient(step, i, raw=False)
-            optimizer.step()
-
-    def torch_adam(params):
-        return torch.optim.Adam(groups_of(params), fused=True)
-
-    def ours(params):
-        return AdamEMA(groups_of(params), impl=impl)
-
-    finals = []
-    for begin, end in ((torch_adam, torch_adam), (torch_adam, ours), (ours, torch_adam), (ours, ours)):
-        params = parameters(torch.float32)
-        first, second = begin(params), end(params)
-        steps(first, params, 0, 5)
-        state = copy.deepcopy(first.state_dict())
-        second.load_state_dict(state)
-        again = second.state_dict()
-        assert again["state"].keys() == state["state"].keys()
-        assert [g.keys() for g in again["param_groups"]] == [g.keys() for g in state["param_groups"]]
-        for values in again["state"].values():
-            assert list(values) == ["step", "exp_avg", "exp_avg_sq"]
-            assert values["step"].dtype == torch.float32 and values["step"].shape == ()
-        steps(second, params, 5, 10)
-        finals.append(params)
-    for params in finals[1:]:
-        for p, q in zip(params, finals[0], strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
-
-
-def test_loads_what_an_unfused_or_older_optimizer_saved():
-    params = parameters(torch.float32)
-    old = torch.optim.AdamW(groups_of(params), foreach=True)
-    for i, p in enumerate(params):
-        p.grad = gradient(0, i, raw=False)
-    old.step()
-    state = copy.deepcopy(old.state_dict())
-    for group in state["param_groups"]:
-        del group["fused"], group["capturable"], group["differentiable"]
-    state["state"][0]["step"] = 1.0  # before torch 1.12
-    new = AdamEMA(groups_of(params))
-    new.load_state_dict(state)
-    new.step()
-    assert new.state[params[0]]["step"] == 2 and new.state[params[0]]["step"].dtype == torch.float32
-    assert new.param_groups[0]["decoupled_weight_decay"] is True, "torch.optim.Adam takes the loaded group's, too"
-    assert new.param_groups[0]["fused"] is True
-    state["param_groups"][0]["amsgrad"] = True
-    with pytest.raises(ValueError, match="amsgrad"):
-        new.load_state_dict(state)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -330,39 +266,6 @@ def test_gradients_and_state_in_any_layout(nan_filled, impl, layout, last):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_memory_that_moves(impl):
-    """New gradients each step, parameters replaced through .data, state cleared: nothing stale is written."""
-    ours, theirs = torch.nn.Parameter(torch.ones(600)), torch.nn.Parameter(torch.ones(600))
-    optimizer, adam = AdamEMA([ours], impl=impl), torch.optim.Adam([theirs])
-    kept = []
-    for step in range(6):
-        for p in (ours, theirs):
-            if step == 2:
-                kept.append(p.data)
-                p.data = torch.full((600,), 3.0)
-            p.grad = torch.full((600,), 1.0 + step)
-            kept.append(p.grad)
-        if step == 4:
-            optimizer.state.clear()
-            adam.state.clear()
-        optimizer.step()
-        adam.step()
-        torch.testing.assert_close(ours, theirs)
-    left_ours, left_theirs = kept[4], kept[6]
-    torch.testing.assert_close(left_ours, left_theirs, msg="what left the optimizer changed")
-
-
-def test_refuses_a_parameter_with_gaps():
-    p = torch.nn.Parameter(torch.zeros(4, 8)[:, ::2])
-    p.grad = torch.ones(4, 4)
-    if not _native.missing("adam_ema"):
-        with pytest.raises(RuntimeError, match="gaps or overlaps"):
-            AdamEMA([p], impl="native").step()
-    AdamEMA([p], impl="reference").step()
-    assert p.ne(0).all()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
 def test_capturable_tensors_give_the_numbers_of_floats(impl):
     p, q = torch.nn.Parameter(torch.ones(9)), torch.nn.Parameter(torch.ones(9))
     lr, beta = torch.tensor(1.0), torch.tensor([0.0])
@@ -379,46 +282,6 @@ def test_capturable_tensors_give_the_numbers_of_floats(impl):
         torch.testing.assert_close(by_tensors.emas[0][0], by_numbers.emas[0][0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_an_average_moves_towards_a_parameter_without_gradient(impl):
-    p, q = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
-    optimizer = AdamEMA([p, q], impl=impl, emas=1)
-    q.data.fill_(8.0)
-    for _ in range(3):
-        optimizer.step(ema_betas=(0.5,))  # not one gradient
-    assert torch.equal(optimizer.emas[0][1], torch.full((3,), 7.0)) and torch.equal(q.detach(), torch.full((3,), 8.0))
-    assert optimizer.grad_norm == 0 and optimizer.nonfinite == 0 and not optimizer.state
-    p.grad = torch.ones(3)
-    optimizer.step(ema_betas=(torch.tensor(0.5),))
-    assert torch.equal(optimizer.emas[0][1], torch.full((3,), 7.5)) and list(optimizer.state) == [p]
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_group_that_comes_later(impl):
-    p, q = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(5))
-    optimizer = AdamEMA([p], impl=impl, emas=2)
-    p.grad = torch.ones(3)
-    optimizer.step(ema_betas=(0.5, 1))
-    optimizer.add_param_group({"params": [q], "lr": 0.25})
-    assert [len(copies) for copies in optimizer.emas] == [2, 2] and torch.equal(optimizer.emas[0][1], q.detach())
-    q.grad = torch.ones(5)
-    optimizer.step(ema_betas=(0, 1))
-    torch.testing.assert_close(q.detach(), torch.full((5,), 0.75))
-    assert torch.equal(optimizer.emas[0][1], q.detach()) and torch.equal(optimizer.emas[1][1], torch.ones(5))
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_autograd_notices_the_step(impl):
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = AdamEMA([p], impl=impl, emas=1)
-    loss = (p * p).sum()
-    loss.backward(retain_graph=True)
-    optimizer.step(ema_betas=(0,))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    assert not optimizer.emas[0][0].requires_grad
-
-
 def test_other_types_run_the_reference():
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         p, q = (torch.nn.Parameter(torch.ones(50, dtype=dtype)) for _ in range(2))
@@ -431,118 +294,3 @@ def test_other_types_run_the_reference():
         assert optimizer.emas[0][0].dtype == torch.promote_types(dtype, torch.float32)
         with pytest.raises(RuntimeError, match="float32 parameters"):
             AdamEMA([p], impl="native").step()
-
-
-def test_copies_and_pickles_hold_the_averages():
-    p = torch.nn.Parameter(torch.ones(4))
-    optimizer = AdamEMA([p], emas=1, max_norm=2.0)
-    p.grad = torch.ones(4)
-    optimizer.step(ema_betas=(0.5,))
-    file = io.BytesIO()
-    torch.save(optimizer, file)
-    file.seek(0)
-    for other in (copy.deepcopy(optimizer), torch.load(file, weights_only=False)):
-        assert torch.equal(other.emas[0][0], optimizer.emas[0][0]) and other.max_norm == 2.0
-        assert other.emas[0][0].data_ptr() != optimizer.emas[0][0].data_ptr()
-        (q,) = other.param_groups[0]["params"]
-        q.grad = torch.ones(4)
-        other.step(ema_betas=(0.5,))
-        assert not torch.equal(q, p) and other.state[q]["step"] == 2 and optimizer.state[p]["step"] == 1
-
-
-def test_ema_state_by_name():
-    p = torch.nn.Parameter(torch.ones(4))
-    optimizer = AdamEMA([p], emas=2)
-    assert list(optimizer.ema_state()) == ["0.0", "1.0"]
-    assert "ema" not in str(optimizer.state_dict())
-    optimizer.load_ema_state({"0.0": torch.zeros(4), "1.0": torch.full((4,), 2.0)})
-    assert torch.equal(optimizer.emas[1][0], torch.full((4,), 2.0)) and torch.equal(p.detach(), torch.ones(4))
-    for wrong in ({"0.0": torch.zeros(4)}, {"0.0": torch.zeros(4), "1.0": torch.zeros(5)}, {**optimizer.ema_state(), "2.0": torch.zeros(4)}):  # fmt: skip
-        with pytest.raises(ValueError, match="averages that are missing"):
-            optimizer.load_ema_state(wrong)
-
-
-def test_works_with_what_surrounds_an_optimizer():
-    """A closure, a scheduler, a gradient scaler that skips a step, torch.compile around the step."""
-    layer = torch.nn.Linear(4, 2)
-    optimizer = AdamEMA(layer.named_parameters(), emas=1, lr=1.0)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = layer(torch.ones(3, 4)).square().sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure, ema_betas=(0.5,)).requires_grad
-    scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == 0.5
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    before = layer.weight.detach().clone()
-    for poison, moved in ((math.inf, False), (0.0, True)):
-        optimizer.zero_grad()
-        scaler.scale(layer(torch.ones(3, 4)).square().sum()).backward()
-        layer.bias.grad[0] += poison
-        scaler.step(optimizer, ema_betas=(0.5,))
-        scaler.update()
-        assert torch.equal(before, layer.weight) is not moved
-
-    @torch.compile(backend="aot_eager")
-    def step():
-        optimizer.step(ema_betas=(0.5,))
-
-    steps = optimizer.state[layer.weight]["step"].item()
-    step()
-    assert optimizer.state[layer.weight]["step"] == steps + 1
-
-
-def param(*shape, dtype=torch.float32):
-    return torch.nn.Parameter(torch.zeros(*shape, dtype=dtype))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({"amsgrad": True}, ValueError, "amsgrad=True"),
-        ({"maximize": True}, ValueError, "maximize=True"),
-        ({"lr": -1.0}, ValueError, "lr must be at least 0, got -1"),
-        ({"lr": math.nan}, ValueError, "lr must be at least 0"),
-        ({"lr": torch.zeros(2)}, ValueError, "one element"),
-        ({"betas": (0.9, 1.0)}, ValueError, "betas must be two numbers"),
-        ({"betas": (torch.tensor(0.9), torch.tensor(0.9))}, ValueError, "betas must be two numbers"),
-        ({"eps": -1e-8}, ValueError, "eps must be at least 0"),
-        ({"weight_decay": -0.1}, ValueError, "weight_decay must be"),
-        ({"max_norm": 0.0}, ValueError, "max_norm must be positive"),
-        (
-            {"params": [param(2, dtype=torch.complex64)]},
-            TypeError,
-            "real floating-point parameters, got torch.complex64",
-        ),
-        ({"params": [{"params": [param(2)], "amsgrad": True}]}, ValueError, "amsgrad"),
-    ],
-)
-def test_refuses(options, error, text):
-    with pytest.raises(error, match=text):
-        AdamEMA(**({"params": [param(2)]} | options))
-
-
-@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_refuses_at_a_step():
-    p = param(3)
-    with pytest.raises(ValueError, match="appears twice"):
-        AdamEMA([p, p])
-    optimizer = AdamEMA([p], emas=1)
-    with pytest.raises(TypeError, match="complex"):
-        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))]})
-    assert len(optimizer.param_groups) == 1 and len(optimizer.emas[0]) == 1
-    with pytest.raises(ValueError, match="needs 1 ema_betas, one for each average, got 0"):
-        optimizer.step()
-    with pytest.raises(ValueError, match="lie in"):
-        optimizer.step(ema_betas=(1.5,))
-    p.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step(ema_betas=(0.5,))
-    p.grad = torch.ones(3)
-    with pytest.raises(ValueError, match="impl must be one of"):
-        AdamEMA([p], impl="fast").step()
-    assert not optimizer.state

@@ -13,44 +13,31 @@ pytest.importorskip("triton")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_adam_ema import LAYOUTS, assert_gate, by_torch, by_us, gradient, parameters, plant
+from test_kernels_adam_ema import LAYOUTS, assert_gate, by_us, gradient, oracle, parameters, plant
 
 from fastambient_kernels import adam_ema_table, adam_ema_triton
 from fastambient_kernels.adam_ema import AdamEMA
 
 
-@pytest.fixture(scope="module")
-def oracle():
-    kept = {}
-
-    def run(kind, steps, bf16=False):
-        key = kind, steps, bf16
-        if key not in kept:
-            kept[key] = tuple(by_torch(kind, dtype, steps, bf16=bf16) for dtype in (torch.float32, torch.float64))
-        return kept[key]
-
-    return run
-
-
-def test_60_steps(nan_filled, oracle):
+def test_60_steps(nan_filled):
     """Three groups, missing gradients, NaN and infinite entries, and an optimizer loaded on the way."""
     assert_gate(by_us(torch.optim.Adam, "triton", 60, reload_at=31), *oracle(torch.optim.Adam, 60))
 
 
 @pytest.mark.parametrize(("kind", "bf16"), [(torch.optim.AdamW, False), (torch.optim.Adam, True)])
-def test_20_steps(nan_filled, oracle, kind, bf16):
+def test_20_steps(nan_filled, kind, bf16):
     assert_gate(by_us(kind, "triton", 20, bf16=bf16), *oracle(kind, 20, bf16))
 
 
 @pytest.mark.parametrize("fault", ["beta1", "decay", "average", "tail"])
-def test_the_gate_sees_a_fault(monkeypatch, oracle, fault):
+def test_the_gate_sees_a_fault(monkeypatch, fault):
     plant(monkeypatch, fault)
     with pytest.raises(AssertionError, match="error"):
         assert_gate(by_us(torch.optim.Adam, "triton", 20), *oracle(torch.optim.Adam, 20))
 
 
 @pytest.mark.parametrize("dropped", ["tails", "full chunks", "bfloat16"])
-def test_the_gate_sees_a_launch_that_is_left_out(monkeypatch, oracle, dropped):
+def test_the_gate_sees_a_launch_that_is_left_out(monkeypatch, dropped):
     cut = adam_ema_table._cut
 
     def fewer(*args, **kwargs):

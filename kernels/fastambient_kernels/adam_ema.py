@@ -21,9 +21,9 @@ in a fixed order, so that the norm does not depend on the number of threads. Wit
 
 Interface
 ---------
-What the fast implementations get is a table of addresses (`adam_ema_table.py`), since handing over 2,700 tensors at
-each step costs more than a GPU needs for the pass. So there is no operator to trace: `torch.compile` leaves `step` out
-of its graphs, CUDA graphs can capture it.
+What the fast implementations get is a table of addresses (`adam_ema_table.py`): handing 2,700 tensors of a large
+network to an operator takes 0.6 ms at each step, about as long as a GPU's whole pass. So there is no operator to trace:
+`torch.compile` leaves `step` out of its graphs; CUDA graphs can capture it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastambient_kernels import _native
-from fastambient_kernels._registration import choose, unavailable
+from fastambient_kernels._registration import IMPLEMENTATIONS, choose, unavailable
 from fastambient_kernels.adam_ema_table import CUDA_CHUNK, Table, Tensors, layout, run_cuda, run_native
 
 GRAD_LIMIT = 1e5  # what an infinite gradient becomes
@@ -168,6 +168,8 @@ class AdamEMA(torch.optim.Optimizer):
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
         self.max_norm, self.impl = max_norm, impl
         self.emas: list[list[Tensor]] = [[] for _ in range(emas)]
         self.grad_norm: Tensor | None = None  # None before the first step

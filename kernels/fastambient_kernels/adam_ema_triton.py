@@ -87,23 +87,10 @@ def _address(table, row, COLUMN: tl.constexpr, WIDTH: tl.constexpr, begin, dtype
 
 
 @triton.jit
-def _load(at, i, left, FULL: tl.constexpr):
-    return tl.load(at + i) if FULL else tl.load(at + i, mask=i < left, other=0.0)
-
-
-@triton.jit
-def _store(at, i, left, value, FULL: tl.constexpr):
-    if FULL:
-        tl.store(at + i, value)
-    else:
-        tl.store(at + i, value, mask=i < left)
-
-
-@triton.jit
-def _clean(table, row, begin, i, left, WIDTH: tl.constexpr, BF16: tl.constexpr, FULL: tl.constexpr):
+def _clean(table, row, begin, i, inside, WIDTH: tl.constexpr, BF16: tl.constexpr, FULL: tl.constexpr):
     """(cleaned gradient in float32, which entries are finite)"""
     at = _address(table, row, _G, WIDTH, begin, tl.bfloat16 if BF16 else tl.float32, FULL)
-    g = _load(at, i, left, FULL).to(tl.float32)
+    g = tl.load(at + i, mask=inside, other=None if FULL else 0.0).to(tl.float32)
     finite = tl.abs(g) <= _FLOAT_MAX
     infinite = tl.where(g > 0, _GRAD_LIMIT, tl.where(g < 0, -_GRAD_LIMIT, 0.0))  # NaN compares as neither
     return tl.where(finite, g, infinite), finite
@@ -131,9 +118,9 @@ def norm_kernel(
     """Sum of squares and count of the non-finite entries of one chunk."""
     index = first + tl.program_id(0)
     row, begin = tl.load(chunks + index * 2), tl.load(chunks + index * 2 + 1)
-    left = tl.load(table + row * WIDTH + _NUMEL) - begin
     i = tl.arange(0, CHUNK)
-    g, finite = _clean(table, row, begin, i, left, WIDTH, BF16, FULL)
+    inside = None if FULL else i < (tl.load(table + row * WIDTH + _NUMEL) - begin)
+    g, finite = _clean(table, row, begin, i, inside, WIDTH, BF16, FULL)
     _summarise(g, finite, index, squares, counts)
 
 
@@ -146,18 +133,21 @@ def update_kernel(
     """One chunk: clean, update, average. Without CLIP also what `norm_kernel` does."""
     index = first + tl.program_id(0)
     row, begin = tl.load(chunks + index * 2), tl.load(chunks + index * 2 + 1)
-    left = tl.load(table + row * WIDTH + _NUMEL) - begin
     number = coefficients + row * _COEFFICIENTS
     step_size, v_scale, eps = tl.load(number), tl.load(number + 1), tl.load(number + 2)
     beta1, one_minus_beta1 = tl.load(number + 3), tl.load(number + 4)
     beta2, one_minus_beta2 = tl.load(number + 5), tl.load(number + 6)
     decay, l2 = tl.load(number + 7), tl.load(number + 8)
     i = tl.arange(0, CHUNK)
-    g, finite = _clean(table, row, begin, i, left, WIDTH, BF16, FULL)
+    inside = None if FULL else i < (tl.load(table + row * WIDTH + _NUMEL) - begin)
+    other: tl.constexpr = None if FULL else 0.0
+    g, finite = _clean(table, row, begin, i, inside, WIDTH, BF16, FULL)
     p_at = _address(table, row, _P, WIDTH, begin, tl.float32, FULL)
     m_at = _address(table, row, _EXP_AVG, WIDTH, begin, tl.float32, FULL)
     v_at = _address(table, row, _EXP_AVG_SQ, WIDTH, begin, tl.float32, FULL)
-    p, m, v = _load(p_at, i, left, FULL), _load(m_at, i, left, FULL), _load(v_at, i, left, FULL)
+    p = tl.load(p_at + i, mask=inside, other=other)
+    m = tl.load(m_at + i, mask=inside, other=other)
+    v = tl.load(v_at + i, mask=inside, other=other)
     if CLIP:
         g = g * tl.load(clip)
     else:
@@ -166,14 +156,15 @@ def update_kernel(
     m = _lerp(m, g, one_minus_beta1, beta1)
     v = beta2 * v + one_minus_beta2 * g * g
     p = decay * p - tl.div_rn(step_size * m, tl.sqrt_rn(v) * v_scale + eps)
-    _store(m_at, i, left, m, FULL)
-    _store(v_at, i, left, v, FULL)
-    _store(p_at, i, left, p, FULL)
+    tl.store(m_at + i, m, mask=inside)
+    tl.store(v_at + i, v, mask=inside)
+    tl.store(p_at + i, p, mask=inside)
     for k in tl.static_range(EMAS):
         beta = tl.load(betas + k)
         ema_at = _address(table, row, _EMAS + k, WIDTH, begin, tl.float32, FULL)
-        ema = _lerp(_load(ema_at, i, left, FULL), p, (1.0 - beta).to(tl.float32), beta.to(tl.float32))
-        _store(ema_at, i, left, ema, FULL)
+        ema = tl.load(ema_at + i, mask=inside, other=other)
+        ema = _lerp(ema, p, (1.0 - beta).to(tl.float32), beta.to(tl.float32))
+        tl.store(ema_at + i, ema, mask=inside)
 
 
 class _Kernels:
@@ -246,8 +237,6 @@ def aot_cases() -> list[AotCase]:
                 )
             )
             for emas, clip in ((0, False), (1, False), (2, False), (1, True)):
-                unused = {"betas"} if emas == 0 else set()
-                unused |= set() if clip else {"clip"}
                 constants = {"clip": None} if not clip else {}
                 cases.append(
                     AotCase(

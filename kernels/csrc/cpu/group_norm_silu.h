@@ -6,13 +6,12 @@
 
 namespace fastambient {
 
-// A unit is `unit_channels` channels of one sample, whole groups: statistics do not cross it, and its data should stay in
-// a second-level cache. What a piece computes depends on nothing but the shape: results do not depend on the number of
-// threads or on whether a unit's pieces ran on one thread.
+// Statistics never cross a unit, and what a piece computes depends on nothing but the shape: results do not depend on
+// the number of threads or on whether a unit's pieces ran on one thread.
 //
-//                    unit               piece              a channel's values lie
-//   channels-last    one group or more  a block of pixels  `channels` apart
-//   contiguous       one group          a channel          side by side
+//                    unit             piece              a channel's values lie
+//   channels-last    a sample         a block of pixels  `channels` apart
+//   contiguous       (sample, group)  a channel          side by side
 struct GroupNormJob {
   bool backward, low_precision, channels_last, silu;  // low_precision: x, y, dy, dx are bfloat16, else float32
   int64_t samples, channels, pixels, groups;

@@ -1,7 +1,7 @@
 // Loops of group_norm_silu; mathematics and names are those of group_norm_silu.py.
 //
-// Sums are float32 over a block of at most a few hundred values of one channel, shifted by the block's first value,
-// and double from there on (Chan's update): no cancellation, whatever the mean.
+// Sums are float32 over a block of a channel, at most 512 additions in a row, shifted by the block's first value, and
+// double from there on (Chan's update): no cancellation, whatever the mean.
 #include <cmath>
 #include <initializer_list>
 
@@ -36,15 +36,13 @@ struct Merge {
 struct Block : Lines {
   int64_t first, offset;
   Block(const Job& job, int64_t unit, int64_t piece) {
-    const int64_t blocks = job.channels / job.unit_channels;
     first = piece * job.piece_pixels;
     const int64_t count = job.pixels - first < job.piece_pixels ? job.pixels - first : job.piece_pixels;
     const int64_t fold = count < job.fold ? count : job.fold;
-    offset = (unit / blocks * job.pixels + first) * job.channels + unit % blocks * job.unit_channels;
+    offset = (unit * job.pixels + first) * job.channels;
     lines = count / fold;
-    width = fold * job.unit_channels;
-    tail = count % fold * job.unit_channels;
-    pitch = fold * job.channels;
+    width = fold * job.channels;
+    tail = count % fold * job.channels;
   }
 };
 
@@ -54,7 +52,7 @@ void partial_block(const Job& job, int64_t unit, int64_t piece, const State& c, 
   const T* x = static_cast<const T*>(job.x) + at.offset;
   float *s0 = part, *s1 = s0 + at.width, *s2 = s1 + at.width, *unkept = s2 + at.width;
   if (job.backward) {
-    float* kept = c.dv ? c.dv + at.first * job.unit_channels : unkept;
+    float* kept = c.dv ? c.dv + at.first * job.channels : unkept;
     sums_of_lines<T, kSilu, const float*>(x, static_cast<const T*>(job.dy) + at.offset, c.a, c.b, c.m, at, kept,
                                           c.dv ? at.width : 0, s0, s1, s2);
   } else {  // shifted by the first line
@@ -69,11 +67,11 @@ void apply_block(const Job& job, int64_t unit, int64_t piece, const State& c) {
   const T *x = static_cast<const T*>(job.x) + at.offset, *dy = static_cast<const T*>(job.dy);
   T* out = static_cast<T*>(job.out) + at.offset;
   if (job.backward) dy += at.offset;
-  const float* kept = c.dv ? c.dv + at.first * job.unit_channels : nullptr;
-  for (int64_t i = 0, j = 0; i <= at.lines; ++i, j += at.pitch) {
+  const float* kept = c.dv ? c.dv + at.first * job.channels : nullptr;
+  for (int64_t i = 0, j = 0; i <= at.lines; ++i, j += at.width) {
     if (job.backward)
-      backward_line<T, kSilu, const float*>(x + j, dy + j, kept ? kept + i * at.width : nullptr, out + j, c.a, c.b,
-                                            c.c1, c.c0, at.size(i));
+      backward_line<T, kSilu, const float*>(x + j, dy + j, kept ? kept + j : nullptr, out + j, c.a, c.b, c.c1, c.c0,
+                                            at.size(i));
     else
       forward_line<T, kSilu, const float*>(x + j, out + j, c.a, c.b, at.size(i));
   }
@@ -94,7 +92,7 @@ void partial_channel(const Job& job, int64_t unit, int64_t piece, const State& c
   if (job.backward) dy += offset;
   for (int64_t i = 0; i < job.pixels; i += kChannelBlock) {
     const int64_t size = job.pixels - i < kChannelBlock ? job.pixels - i : kChannelBlock;
-    const Lines of{size / kLine, kLine, size % kLine, kLine};
+    const Lines of{size / kLine, kLine, size % kLine};
     float s0[kLine], s1[kLine], s2[kLine], unkept[kLine];
     if (job.backward) {
       float* kept = c.dv ? c.dv + piece * job.pixels + i : unkept;
@@ -227,10 +225,10 @@ void gns_gather(const Job& job, int64_t unit, int64_t piece, const State& state,
   const Block at(job, unit, piece);
   double *__restrict s0 = state.s0, *__restrict s1 = state.s1, *__restrict s2 = state.s2;
   double seen = static_cast<double>(piece * job.piece_pixels);
-  for (int64_t column = 0; column < at.width; column += job.unit_channels) {
+  for (int64_t column = 0; column < at.width; column += job.channels) {
     const float *__restrict p0 = part + column, *__restrict p1 = p0 + at.width, *__restrict p2 = p1 + at.width;
     if (job.backward) {
-      for (int64_t c = 0; c < job.unit_channels; ++c) {
+      for (int64_t c = 0; c < job.channels; ++c) {
         s0[c] += p0[c];
         s1[c] += p1[c];
         s2[c] += p2[c];
@@ -238,7 +236,7 @@ void gns_gather(const Job& job, int64_t unit, int64_t piece, const State& state,
     } else {
       const double block = static_cast<double>(at.lines + (column < at.tail));
       const Merge merge(seen, block);
-      for (int64_t c = 0; c < job.unit_channels; ++c) merge(s1[c], s2[c], p0[c], p1[c], p2[c]);
+      for (int64_t c = 0; c < job.channels; ++c) merge(s1[c], s2[c], p0[c], p1[c], p2[c]);
       seen += block;
     }
   }

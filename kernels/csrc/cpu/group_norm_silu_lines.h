@@ -69,9 +69,9 @@ struct Same {
   Same operator+(int64_t) const { return *this; }
 };
 
-// `lines` lines whose starts lie `pitch` apart, and a last one of `tail` values.
+// `lines` lines, and a last one of `tail` values.
 struct Lines {
-  int64_t lines, width, tail, pitch;
+  int64_t lines, width, tail;
   int64_t size(int64_t i) const { return i < lines ? width : tail; }
 };
 
@@ -88,7 +88,7 @@ template <class T, class C>
       const C k = shift + at;
       float *t1 = s1 + at, *t2 = s2 + at;
       const float* q[kTogether];
-      for (int64_t l = 0; l < step; ++l) q[l] = widen(x + (i + l) * of.pitch + at, count, buffer[l]);
+      for (int64_t l = 0; l < step; ++l) q[l] = widen(x + (i + l) * of.width + at, count, buffer[l]);
       if (step == kTogether) {
         const float *q0 = q[0], *q1 = q[1], *q2 = q[2], *q3 = q[3];
 #pragma GCC ivdep
@@ -117,7 +117,7 @@ template <class T, bool kSilu, class C>
                                                  int64_t kept_pitch, float* s0, float* s1, float* s2) {
   float x_buffer[kSpan], dy_buffer[kSpan];
   for (int64_t j = 0; j < of.width; ++j) s0[j] = s1[j] = s2[j] = 0.0f;
-  for (int64_t i = 0; i <= of.lines; ++i, x += of.pitch, dy += of.pitch, kept += kept_pitch) {
+  for (int64_t i = 0; i <= of.lines; ++i, x += of.width, dy += of.width, kept += kept_pitch) {
     const int64_t end = of.size(i);
     for (int64_t at = 0; at < end; at += kSpan) {
       const int64_t count = end - at < kSpan ? end - at : kSpan;
@@ -156,13 +156,12 @@ void backward_line(const T* x, const T* dy, const float* kept, T* dx, C a, C b, 
   float x_buffer[kSpan], dy_buffer[kSpan], dv_buffer[kSpan];
   for (int64_t at = 0; at < width; at += kSpan, x += kSpan, dy += kSpan, dx += kSpan) {
     const int64_t count = width - at < kSpan ? width - at : kSpan;
-    const float *p = widen(x, count, x_buffer), *dv = kept + at;
+    const float *p = widen(x, count, x_buffer), *dv = kept ? kept + at : dv_buffer;
     const C aa = a + at, bb = b + at, k1 = c1 + at, k0 = c0 + at;
     if (!kept) {
       const float* q = widen(dy, count, dy_buffer);
 #pragma GCC ivdep
       for (int64_t j = 0; j < count; ++j) dv_buffer[j] = q[j] * slope<kSilu>(p[j] * aa[j] + bb[j]);
-      dv = dv_buffer;
     }
     float* out = target(dx, x_buffer);
 #pragma GCC ivdep

@@ -30,7 +30,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread
-constexpr int64_t kUnit = 65536;   // elements of a unit that stay in a second-level cache, as float32
+constexpr int64_t kKept = int64_t{1} << 19;  // values of dv that a thread keeps: 2 MiB stay in the last-level cache
 
 // Scratch for one unit or several.
 struct Scratch {
@@ -116,25 +116,16 @@ void run(const GroupNormJob& job) {
 
 // --- tensors ---
 
-// How many channels-last channels make a unit: as many whole groups as the cache holds, in rows of 32 channels or more.
-int64_t channels_of_unit(const GroupNormJob& job) {
-  const int64_t size = job.channels / job.groups;
-  int64_t best = job.channels;
-  for (int64_t groups = job.groups; groups > 0; --groups)
-    if (job.groups % groups == 0 && groups * size >= 32 && best * job.pixels > kUnit) best = groups * size;
-  return best;
-}
-
 void lay_out(GroupNormJob& job) {
-  job.unit_channels = job.channels_last ? channels_of_unit(job) : job.channels / job.groups;
+  job.unit_channels = job.channels_last ? job.channels : job.channels / job.groups;
   job.units = job.samples * (job.channels / job.unit_channels);
-  job.keep = job.backward && job.unit_channels * job.pixels <= kUnit;
+  job.keep = job.backward && job.unit_channels * job.pixels <= kKept;
   job.fold = 1;
   job.piece_pixels = job.pixels;
   job.pieces = job.unit_channels;
   if (!job.channels_last) return;
-  while (job.unit_channels == job.channels && job.fold * job.channels < 128 && 2 * job.fold <= job.pixels) job.fold *= 2;
-  job.piece_pixels = std::max<int64_t>(16, 16384 / job.unit_channels);
+  while (job.fold * job.channels < 128 && 2 * job.fold <= job.pixels) job.fold *= 2;
+  job.piece_pixels = std::max<int64_t>(16, 16384 / job.channels);
   job.piece_pixels += (job.fold - job.piece_pixels % job.fold) % job.fold;
   job.pieces = (job.pixels + job.piece_pixels - 1) / job.piece_pixels;
 }
