@@ -129,7 +129,7 @@ def test_noised_copy_is_the_regenerated_one(tmp_path, source, dtype, tolerance):
     scale = expected.abs().clamp(min=1)
     assert ((torch.from_numpy(x_n) - expected).abs() / scale).max() < tolerance
     # and what the training step makes of it: at sigma = sigma_tn there is no fresh noise
-    step = {"sigma_tn": 1.5, "sigma_data": 0.5, "noise_seed": store.noise_seed, "run_seed": 0, "impl": "reference"}
+    step = {"sigma_tn": 1.5, "sigma_data": 0.5, "noise_seed": store.noise_seed, "run_seed": 0}
     batch = (images, ids, None, torch.arange(len(ids)), torch.full((len(ids),), 1.5))
     made, read = (ambient_noise(*batch, x_n=x, **step).net_input for x in (None, torch.from_numpy(x_n)))
     assert ((made - read).abs() * (1.5**2 + 0.5**2) ** 0.5 / scale).max() < tolerance

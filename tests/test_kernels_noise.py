@@ -91,4 +91,4 @@ def test_moments_and_range():
 def test_float32_is_close_to_float64():
     ids = torch.arange(16)
     low, high = (normal(ids, 4096, seed=2, stream=0, dtype=d) for d in (torch.float32, torch.float64))
-    assert (low - high).abs().max() < 2e-6  # angles up to 2 pi in float32 carry 2.4e-7, times |z| <= 5.68
+    assert (low - high).abs().max() < 1e-6  # the angle is exact; 1e-7 each for log, sine and cosine, times |z| <= 5.68

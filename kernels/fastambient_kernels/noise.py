@@ -111,8 +111,15 @@ def uniform(
 def normal(ids: Tensor, count: int, *, seed: int | Tensor, stream: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normals, [N, count]; arguments as in `random_words`. `dtype` is also the precision of Box-Muller."""
     work = torch.promote_types(dtype, torch.float32)
-    u = uniform(ids, -(-count // 4) * 4, seed=seed, stream=stream, dtype=work).unflatten(1, (-1, 2, 2))
-    radius = torch.sqrt(-2.0 * torch.log(u[..., 0].clamp(min=_U_MIN)))
-    angle = (2.0 * math.pi) * u[..., 1]
-    z = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    bits = (random_words(ids, -(-count // 4) * 4, seed=seed, stream=stream) >> 8).unflatten(1, (-1, 2, 2))
+    radius = torch.sqrt(-2.0 * torch.log((bits[..., 0].to(work) * 2.0**-24).clamp(min=_U_MIN)))
+    # 2*pi*u in float32 is off by up to 2.4e-7. The word's 24 bits are a fraction of a turn, so its nearest quarter and
+    # the rest, in [-pi/4, pi/4], come out exactly in integers.
+    quarter = (bits[..., 1] + 2**21) >> 22
+    rest = (bits[..., 1] - (quarter << 22)).to(work) * (math.pi / 2 * 2.0**-22)
+    sin, cos = torch.sin(rest), torch.cos(rest)
+    odd = (quarter & 1).bool()
+    z_a = torch.where(odd, sin, cos) * (1 - ((quarter + 1) & 2))  # cosine is negative in quarters 1 and 2
+    z_b = torch.where(odd, cos, sin) * (1 - (quarter & 2))  # sine in 2 and 3
+    z = radius[..., None] * torch.stack([z_a, z_b], dim=-1)
     return z.flatten(1)[:, :count].to(dtype)
