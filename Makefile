@@ -34,8 +34,11 @@ test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 	$(if $(wildcard tests/test_triton_*.py),TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(wildcard tests/test_triton_*.py))
 
+# Then all but the operators' own tests again, on the plain torch operators: `make test` took the fast ones.
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+	FASTAMBIENT_IMPL=reference $(BIN)/python -m pytest -m "not slow and not gpu" \
+	  $(filter-out tests/test_kernels_% tests/test_triton_% tests/test_packaging.py,$(wildcard tests/test_*.py))
 
 test-gpu: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m gpu

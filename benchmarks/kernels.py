@@ -18,9 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastambient_kernels import ambient_loss, ambient_noise
-from fastambient_kernels.adam_ema import AdamEMA
-from fastambient_kernels.group_norm_silu import group_norm_silu
+from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, group_norm_silu
 
 SIGMA_TN, SIGMA_DATA = 1.5, 0.5
 

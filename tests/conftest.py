@@ -16,6 +16,14 @@ from safetensors import safe_open
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and TRITON_INTERPRET unset"))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tests are tiny: a thread pool costs more than it gives, and sums stay the same on every machine."""
@@ -49,7 +57,7 @@ TINY = ["model.model_channels=8", "model.channel_mult=[1,2]", "model.attn_resolu
 def make_run(path: Path, *assignments: str, **options: Any) -> Path:
     """Create (not train) a run on 100 digits with a network of some ten thousand weights; 8 images a step.
 
-    options : settings as ``section_name=value``, `data` for another source, `noise_seed`
+    options : `data` for another source, `noise_seed`
     """
     from fastambient.training.start import TrainRequest, create_run, plan
 

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastambient_kernels import _native
-from fastambient_kernels.adam_ema import AdamEMA
+from fastambient_kernels import AdamEMA, _native
 from fastambient_kernels.adam_ema_table import Launch, Table, _cut
 
 native = pytest.param("native", marks=pytest.mark.skipif(bool(_native.missing("adam_ema")), reason=str(_native.missing("adam_ema"))))  # fmt: skip

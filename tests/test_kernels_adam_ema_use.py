@@ -10,8 +10,7 @@ import pytest
 import torch
 from test_kernels_adam_ema import IMPLS, assert_gate, by_us, gradient, groups_of, oracle, parameters
 
-from fastambient_kernels import _native
-from fastambient_kernels.adam_ema import AdamEMA
+from fastambient_kernels import AdamEMA, _native
 
 
 @pytest.mark.parametrize("impl", IMPLS)

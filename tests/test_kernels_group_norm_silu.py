@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,9 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastambient_kernels.group_norm_silu as operator
-from fastambient_kernels import _native
-from fastambient_kernels.group_norm_silu import GroupNormSiLU, group_norm_silu
+from fastambient_kernels import GroupNormSiLU, _native, group_norm_silu
 
 MISSING = _native.missing("group_norm_silu")
 native = pytest.mark.skipif(MISSING is not None, reason=f"no native library: {MISSING}")
@@ -46,21 +45,24 @@ def formula(x, weight, bias, groups, eps, scale, shift, add, silu):
     return w * torch.sigmoid(w) if silu else w
 
 
-def run(f, made, dtype, dy):
-    """(y, gradients by name) with x in `dtype` and everything else in float32 (float64 for float64)."""
+def run(f, made, dtype, dy, device="cpu"):
+    """(y, gradients by name), on the CPU, with x in `dtype` and everything else in float32 (float64 for float64)."""
     other = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = {
         k: None
         if v is None
-        else v.to(dtype if k == "x" else other).detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        else v.to(device, dtype if k == "x" else other)
+        .detach()
+        .clone(memory_format=torch.preserve_format)
+        .requires_grad_()
         for k, v in made.items()
     }
     y = f(**leaves)
-    y.backward(dy.to(y.dtype))
-    return y.detach(), {k: v.grad for k, v in leaves.items() if v is not None}
+    y.backward(dy.to(y))
+    return y.detach().cpu(), {k: v.grad.cpu() for k, v in leaves.items() if v is not None}
 
 
-def errors(impl, made, groups, dtype, *, eps=1e-5, silu=True, dy=None):
+def errors(impl, made, groups, dtype, *, eps=1e-5, silu=True, dy=None, device="cpu"):
     """(error of impl, error of torch's own pieces in the same dtype, scale) of y and each gradient, as largest
     differences to float64 on the inputs as `dtype` holds them."""
     held = {k: None if v is None else v.to(dtype if k == "x" else torch.float32).double() for k, v in made.items()}
@@ -71,7 +73,7 @@ def errors(impl, made, groups, dtype, *, eps=1e-5, silu=True, dy=None):
     )
     dy = dy.to(dtype).double()
     exact = run(lambda **k: formula(groups=groups, eps=eps, silu=silu, **k), held, torch.float64, dy)
-    ours = run(lambda **k: group_norm_silu(groups=groups, eps=eps, silu=silu, impl=impl, **k), made, dtype, dy)
+    ours = run(lambda **k: group_norm_silu(groups=groups, eps=eps, silu=silu, impl=impl, **k), made, dtype, dy, device)
     # An independent computation in the same dtype: the formula itself, in torch's float32 or bfloat16 operations.
     plain = run(
         lambda **k: formula(groups=groups, eps=eps, silu=silu, **{n: None if v is None else v.to(dtype) for n, v in k.items()}),
@@ -298,6 +300,7 @@ def test_inductor():
 @native
 def test_the_gate_can_fail(monkeypatch):
     """A wrong eps, a shifted group and a missing term of dx are all seen."""
+    operator = import_module("fastambient_kernels.group_norm_silu")  # the name of its function, too
     made = inputs((2, 32, 6, 5))
     true_forward, true_backward = operator._forward_ops["native"], operator._backward_ops["native"]
     faults = [

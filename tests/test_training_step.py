@@ -12,32 +12,31 @@ from torch import nn
 from fastambient.errors import InputError
 from fastambient.training.config import TrainingSettings
 from fastambient.training.distributed import World
-from fastambient.training.ema import EMA
 from fastambient.training.loop import Trainer
-from fastambient.training.optimizer import build_optimizer, clean_gradients, learning_rate
+from fastambient.training.optimizer import build_optimizer, ema_beta, ema_weights, learning_rate, load_ema_weights
 from fastambient.training.run import RunFolder
 
 
 def test_ema_has_its_half_life():
+    t = TrainingSettings(batch=10, ema_halflife_kimg=0.1, ema_rampup_ratio=None, lr=0.0)
     layer = nn.Linear(3, 2)
-    ema = EMA(layer, halflife_nimg=100, rampup_ratio=None)
+    optimizer = build_optimizer(layer, t)
     start = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight.add_(1.0)
-    for k in range(10):
-        ema.update(1000 + 10 * k, 10)
-    torch.testing.assert_close(ema.weights[0], start + 0.5, rtol=1e-5, atol=1e-6)
+    for k in range(10):  # 100 images
+        optimizer.step(ema_betas=[ema_beta(1000 + 10 * k, t)])
+    weights = ema_weights(optimizer, ["weight", "bias"])
+    torch.testing.assert_close(weights["weight"], start + 0.5, rtol=1e-5, atol=1e-6)
+    load_ema_weights(optimizer, ["weight", "bias"], {"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
+    assert optimizer.emas[0][0].eq(1).all() and optimizer.emas[0][1].eq(0).all()
 
 
 def test_ema_ramps_up_and_can_be_off():
-    layer = nn.Linear(1, 1)
-    assert EMA(layer, halflife_nimg=5e5, rampup_ratio=0.05).beta(1000, 50) == pytest.approx(0.5)
-    assert EMA(layer, halflife_nimg=5e5, rampup_ratio=0.05).beta(10**9, 500_000) == pytest.approx(0.5)
-    off = EMA(layer, halflife_nimg=0, rampup_ratio=None)
-    with torch.no_grad():
-        layer.weight.fill_(3.0)
-    off.update(8, 8)
-    assert off.weights[0].item() == 3.0
+    ramp = {"ema_halflife_kimg": 500, "ema_rampup_ratio": 0.05}
+    assert ema_beta(1000, TrainingSettings(batch=50, **ramp)) == pytest.approx(0.5)
+    assert ema_beta(10**9, TrainingSettings(batch=500_000, **ramp)) == pytest.approx(0.5)
+    assert ema_beta(8, TrainingSettings(batch=8, ema_halflife_kimg=0)) == 0.0
 
 
 def test_learning_rate_ramp():
@@ -46,28 +45,36 @@ def test_learning_rate_ramp():
     assert learning_rate(1, TrainingSettings(lr=1e-3, lr_rampup_kimg=0)) == 1e-3
 
 
-def test_gradients_are_cleaned_and_counted():
-    g = [torch.tensor([3.0, 4.0]), torch.tensor([12.0])]
-    assert clean_gradients(g) == (13.0, 0)
-    bad = [torch.tensor([math.nan, math.inf, -math.inf, 2.0]), torch.tensor([1.0])]
-    norm, count = clean_gradients(bad)
-    assert count == 3 and math.isfinite(norm)
-    assert bad[0].tolist() == [0.0, 1e5, -1e5, 2.0] and bad[1].tolist() == [1.0]
-
-
-def test_optimizers_are_torchs():
+def test_optimizer_follows_the_settings():
     layer = nn.Linear(2, 2)
-    assert type(build_optimizer(layer, TrainingSettings())) is torch.optim.Adam
+    adam = build_optimizer(layer, TrainingSettings(lr=1e-3, eps=1e-6))
+    assert not adam.param_groups[0]["decoupled_weight_decay"] and len(adam.emas) == 1
+    assert adam.param_groups[0]["lr"] == 1e-3 and adam.param_groups[0]["eps"] == 1e-6
     adamw = build_optimizer(layer, TrainingSettings(optimizer="adamw", weight_decay=0.1, beta2=0.99))
-    assert type(adamw) is torch.optim.AdamW
+    assert adamw.param_groups[0]["decoupled_weight_decay"]
     assert adamw.param_groups[0]["weight_decay"] == 0.1 and adamw.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+def test_gradients_are_cleaned_and_counted(tmp_path):
+    trainer = Trainer(RunFolder(make_run(tmp_path / "r")), World())
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
+    first = next(iter(trainer.network.parameters()))
+    first.register_hook(lambda g: torch.cat([bad, g.flatten()[4:]]).view_as(g))
+    result = trainer.step(0)
+    assert result.nonfinite_grads == 3 and 1.4e5 < result.grad_norm < 1.5e5
+    assert all(p.isfinite().all() for p in trainer.network.parameters())
 
 
 def gradients(path, *assignments):
     """(gradients of the first step, its result) of a run with these settings."""
     trainer = Trainer(RunFolder(make_run(path, *assignments)), World())
     seen = []
-    trainer.optimizer.step = lambda: seen.extend(p.grad.clone() for p in trainer.network.parameters())
+
+    def step(*, ema_betas):
+        seen.extend(p.grad.clone() for p in trainer.network.parameters())
+        trainer.optimizer.grad_norm, trainer.optimizer.nonfinite = torch.zeros(()), torch.zeros(())
+
+    trainer.optimizer.step = step
     for parameter in trainer.network.parameters():  # zero-initialised layers would hide the rest
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     result = trainer.step(64)

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels_adam_ema import LAYOUTS, assert_gate, by_us, gradient, oracle, parameters, plant
 
-from fastambient_kernels import adam_ema_table, adam_ema_triton
-from fastambient_kernels.adam_ema import AdamEMA
+from fastambient_kernels import AdamEMA, adam_ema_table, adam_ema_triton
 
 
 def test_60_steps(nan_filled):

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 import torch
+from ambient_checks import KEYS, NOISE, SEEDS, assert_seen, assert_within, batch, compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,50 +21,6 @@ from fastambient_kernels import ambient_loss, ambient_noise, normal
 triton_common = pytest.importorskip("fastambient_kernels.triton_common")
 from fastambient_kernels import ambient_triton  # noqa: E402
 
-SEEDS = {"noise_seed": 2**64 - 3, "run_seed": 11}
-KEYS = {"sigma_tn": 0.4, "sigma_data": 0.5, **SEEDS}
-NOISE, LOSS, DF = 1e-6, 3e-6, 2e-6  # float32; relative to a sample's largest value, loss and dF
-
-
-def batch(n=4, channels=3, height=6, width=8, *, dtype=torch.uint8, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, channels, height, width), generator=g, dtype=torch.uint8)
-    if dtype != torch.uint8:
-        images = images.to(dtype) / 127.5 - 1
-    sigma = torch.exp(torch.randn(n, generator=g) * 1.5 - 0.8)
-    sigma[0] = torch.tensor(0.4)  # the boundary
-    if n > 1:
-        sigma[1] = 0.1  # clean
-    ids = torch.randint(-(2**62), 2**62, (n,), generator=g)
-    return images, ids, torch.arange(n) % 3 == 0, torch.arange(n) + 2**40, sigma
-
-
-def compare(data, keywords, *, F_dtype=torch.float32, layout=torch.contiguous_format, weighting="paper", x_n=None):
-    """(noise error, loss error, dF error) of Triton against the reference in float64."""
-    wide = (data[0] if data[0].dtype == torch.uint8 else data[0].double(), *data[1:4], data[4].double())
-    exact = {k: torch.tensor(v).item() if k.startswith("sigma") else v for k, v in keywords.items()}  # as float32
-    got = ambient_noise(*data, impl="triton", **keywords, out_dtype=F_dtype, memory_format=layout, x_n=x_n)
-    reference = ambient_noise(*wide, impl="reference", x_n=x_n, **exact)
-    assert got.net_input.dtype == F_dtype and got.net_input.is_contiguous(memory_format=layout)
-    for name, a, b in zip(got.coefficients._fields, got.coefficients, reference.coefficients, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=2e-7, msg=lambda m, name=name: f"{name}: {m}")
-    F = normal(data[3], data[0][0].numel(), seed=5, stream=9).view(data[0].shape).to(F_dtype)
-    F = F.contiguous(memory_format=layout).requires_grad_()
-    F64 = F.detach().double().requires_grad_()
-    loss = ambient_loss(F, *data, impl="triton", weighting=weighting, x_n=x_n, **keywords)
-    exact_loss = ambient_loss(F64, *wide, impl="reference", weighting=weighting, x_n=x_n, **exact)
-    scale = torch.linspace(0.5, 2, len(loss))
-    (loss * scale).sum().backward()
-    (exact_loss * scale).sum().backward()
-    assert loss.dtype == torch.float32 and F.grad.dtype == F_dtype and F.grad.stride() == F.stride()
-
-    def worst(a, b, floor):
-        a, b = a.detach().double().flatten(1), b.detach().flatten(1)
-        return ((a - b).abs().amax(1) / b.abs().amax(1).clamp(min=floor)).max().item()
-
-    relative = (loss.double() - exact_loss).abs() / (exact_loss.abs() + 1e-9)
-    return worst(got.net_input, reference.net_input, 1e-9), relative.max().item(), worst(F.grad, F64.grad, 1e-6)
-
 
 def test_triton_is_what_runs(monkeypatch):
     """The comparisons below must not compare the reference with itself."""
@@ -71,7 +28,7 @@ def test_triton_is_what_runs(monkeypatch):
     for name in ("noise", "loss"):
         run = getattr(ambient_triton, name)
         monkeypatch.setattr(ambient_triton, name, lambda *a, run=run, name=name: (calls.append(name), run(*a))[1])
-    compare(batch(), KEYS)
+    compare("triton", batch(), KEYS)
     assert calls == ["noise", "loss"] and triton_common.INTERPRETED
 
 
@@ -81,12 +38,9 @@ def test_triton_is_what_runs(monkeypatch):
 @pytest.mark.parametrize("F_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sigma_tn", [0.0, 0.4, math.inf])
 def test_against_the_float64_reference(nan_filled, sigma_tn, F_dtype, image, layout, weighting):
-    noise, loss, dF = compare(
-        batch(dtype=image), KEYS | {"sigma_tn": sigma_tn}, F_dtype=F_dtype, layout=layout, weighting=weighting
-    )
-    rounding = 2.0**-8 if F_dtype == torch.bfloat16 else 0.0
-    # dF is rounded when it is written and once more when backward scales it
-    assert noise < NOISE + rounding and loss < LOSS and dF < DF + 2 * rounding
+    data, keywords = batch(4, 3, 6, 8, dtype=image), KEYS | {"sigma_tn": sigma_tn}
+    errors = compare("triton", data, keywords, F_dtype=F_dtype, layout=layout, weighting=weighting)
+    assert_within(errors, F_dtype=F_dtype)
 
 
 @settings(max_examples=12, deadline=None)
@@ -97,19 +51,15 @@ def test_against_the_float64_reference(nan_filled, sigma_tn, F_dtype, image, lay
 def test_any_size(n, channels, height, width, last, narrow, seed):
     layout = torch.channels_last if last else torch.contiguous_format
     data, dtype = batch(n, channels, height, width, seed=seed), torch.bfloat16 if narrow else torch.float32
-    noise, loss, dF = compare(data, KEYS, layout=layout, F_dtype=dtype)
-    # A single pixel has no larger neighbour to be measured against, so its cancellation shows.
-    few, rounding = channels * height * width < 32, 2.0**-8 * narrow
-    assert noise < (1e-4 if few else 1e-6) + rounding and loss < (1e-3 if few else 5e-6)
-    assert dF < (1e-4 if few else 3e-6) + 2 * rounding
+    errors = compare("triton", data, KEYS, layout=layout, F_dtype=dtype)
+    assert_within(errors, F_dtype=dtype, few=channels * height * width < 32, factor=1.7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_precomputed_copy(nan_filled, dtype):
     data = batch()
     x_n = torch.randn(data[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    noise, loss, dF = compare(data, KEYS, x_n=x_n)
-    assert noise < NOISE and loss < LOSS and dF < DF
+    assert_within(compare("triton", data, KEYS, x_n=x_n))
 
 
 @pytest.mark.parametrize("F_dtype", [torch.float32, torch.bfloat16])
@@ -207,19 +157,20 @@ def test_the_gate_can_fail(monkeypatch):
     def planted(change):
         with monkeypatch.context() as m:
             m.setitem(ambient._loss_ops, "triton", lambda F, *rest: loss_op(F, *change(list(rest))))
-            return compare(data, KEYS)
+            return compare("triton", data, KEYS)
 
     for change in (
         lambda r: [*r[:6], r[7], r[6], *r[8:]],
         lambda r: [*r[:8], 0.4001, *r[9:]],  # sigma_tn
         lambda r: [*r[:2], None, *r[3:]],  # flips
     ):
-        noise, loss, dF = planted(change)
-        assert noise < NOISE and (loss > LOSS or dF > DF)
+        errors = planted(change)
+        assert errors[0] < NOISE
+        assert_seen(errors)
     with monkeypatch.context() as m:  # channels last written as if contiguous
         m.setitem(ambient._noise_ops, "triton", lambda *a: noise_op(*a[:-1], False))
         with pytest.raises(AssertionError):
-            compare(data, KEYS, layout=torch.channels_last)
+            compare("triton", data, KEYS, layout=torch.channels_last)
     with monkeypatch.context() as m:  # neighbours that do not share a row are taken to
         prepare = ambient_triton._prepare
 
@@ -230,5 +181,6 @@ def test_the_gate_can_fail(monkeypatch):
         m.setattr(ambient_triton, "_prepare", wrong)
         images, ids, _, positions, sigma = batch(4, 3, 6, 7)
         flips = torch.tensor([False, True, True, False])  # not the first: its faulty addresses start before the tensor
-        noise, loss, dF = compare((images, ids, flips, positions, sigma), KEYS)
-        assert noise > NOISE and (loss > LOSS or dF > DF)
+        errors = compare("triton", (images, ids, flips, positions, sigma), KEYS)
+        assert errors[0] > NOISE
+        assert_seen(errors)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_kernels_group_norm_silu import assert_within, errors, formula, inputs, native, run
 
 import fastambient_kernels.group_norm_silu_triton as launcher
-from fastambient_kernels.group_norm_silu import GroupNormSiLU, group_norm_silu
+from fastambient_kernels import GroupNormSiLU, group_norm_silu
 
 WAYS = ["resident", "split"]
 

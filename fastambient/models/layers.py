@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastambient.errors import InputError
-from fastambient_kernels.group_norm_silu import group_norm_silu
+from fastambient_kernels import group_norm_silu
 from fastambient_kernels.noise import Stream, random_words
 
 DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `keyed_keep`

@@ -28,9 +28,14 @@ from fastambient.sampling import SamplingSettings, export, sample
 from fastambient.training import checkpoint
 from fastambient.training.config import Settings, network_config
 from fastambient.training.distributed import World
-from fastambient.training.ema import EMA
 from fastambient.training.monitor import Monitor, SigmaLoss
-from fastambient.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from fastambient.training.optimizer import (
+    build_optimizer,
+    ema_weights,
+    load_ema_weights,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from fastambient.training.run import RunFolder
 from fastambient.training.step import TrainingStep
 
@@ -92,7 +97,7 @@ class Trainer:
         t = settings.training
         self.total_nimg = round(t.kimg * 1000)
         self.network = build_network(settings, store, world.device)
-        self.ema = EMA(self.network, halflife_nimg=t.ema_halflife_kimg * 1000, rampup_ratio=t.ema_rampup_ratio)
+        self.names = [name for name, _ in self.network.named_parameters()]
         self.optimizer = build_optimizer(self.network, t)
         self.sigma_loss = SigmaLoss(world.device)
         loader = ResidentLoader(
@@ -101,7 +106,7 @@ class Trainer:
         )  # fmt: skip
         self.num_classes = store.num_classes if settings.data.use_labels else 0
         self.step = TrainingStep(
-            self.network, loader, self.optimizer, self.ema, self.sigma_loss, settings, world,
+            self.network, loader, self.optimizer, self.sigma_loss, settings, world,
             num_classes=self.num_classes, noise_seed=run.read_noise_seed(),
         )  # fmt: skip
         self.nimg = 0
@@ -112,11 +117,11 @@ class Trainer:
         """Checkpoint and exported weights; rank 0's work."""
         assert self.monitor is not None
         tensors: dict[str, Tensor] = {}
-        names = self.ema.names
+        ema = ema_weights(self.optimizer, self.names)
         parts = (
             ("model", self.network.state_dict()),
-            ("ema", self.ema.state()),
-            ("optimizer", optimizer_tensors(self.optimizer, names)),
+            ("ema", ema),
+            ("optimizer", optimizer_tensors(self.optimizer, self.names)),
         )
         for prefix, part in parts:
             tensors |= {f"{prefix}.{k}": v.detach().cpu() for k, v in part.items()}
@@ -128,7 +133,7 @@ class Trainer:
         }
         keep = self.settings.training.keep_checkpoints
         checkpoint.save(self.run.checkpoints, self.nimg, tensors, state, keep=keep)
-        export(self.run.weights, self.network.state_dict() | self.ema.state(), self.metadata())
+        export(self.run.weights, self.network.state_dict() | ema, self.metadata())
 
     def restore(self) -> bool:
         """Continue from the newest sound checkpoint, if there is one."""
@@ -141,8 +146,8 @@ class Trainer:
             prefix, name = key.split(".", 1)
             parts[prefix][name] = value
         self.network.load_state_dict(parts["model"])
-        self.ema.load(parts["ema"])
-        load_optimizer_tensors(self.optimizer, self.ema.names, parts["optimizer"])
+        load_ema_weights(self.optimizer, self.names, parts["ema"])
+        load_optimizer_tensors(self.optimizer, self.names, parts["optimizer"])
         self.sigma_loss.sums.copy_(torch.tensor(state["sigma_loss"], dtype=torch.float64))
         self.nimg, self.seconds, self.log_sizes = state["nimg"], state["seconds"], state["log_sizes"]
         return True
@@ -164,7 +169,7 @@ class Trainer:
         """Pictures of the first sample seeds with the EMA weights; a diverged model gives a warning, not an end."""
         if not hasattr(self, "ema_network"):
             self.ema_network = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self.ema.copy_to(self.ema_network)
+        self.ema_network.load_state_dict(self.network.state_dict() | ema_weights(self.optimizer, self.names))
         assert self.settings.noise.sigma_data is not None and self.monitor is not None
         denoiser = EDMDenoiser(self.ema_network, sigma_data=self.settings.noise.sigma_data, label_dim=self.num_classes)
         shape = (self.store.channels, self.store.resolution, self.store.resolution)

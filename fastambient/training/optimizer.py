@@ -1,4 +1,7 @@
-"""The optimizer by name, the learning-rate ramp, and the clean-up of gradients."""
+"""Adam or AdamW with the moving average of the weights: schedules, and the way to a checkpoint and back.
+
+The step itself, clean-up of the gradients included, is `fastambient_kernels.AdamEMA`.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from fastambient.training.config import TrainingSettings
+from fastambient_kernels import AdamEMA
 
-_GRAD_LIMIT = 1e5  # what an infinite gradient becomes, as in EDM
 
-
-def build_optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(
+def build_optimizer(network: nn.Module, settings: TrainingSettings) -> AdamEMA:
+    """One group, one average, in the order of ``network.parameters()``; float32 master weights."""
+    return AdamEMA(
         list(network.parameters()),
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,
+        decoupled_weight_decay=settings.optimizer == "adamw",
+        emas=1,
     )
 
 
@@ -29,31 +32,35 @@ def learning_rate(nimg: int, settings: TrainingSettings) -> float:
     return settings.lr * min(nimg / max(settings.lr_rampup_kimg * 1000, 1e-8), 1.0)
 
 
-@torch.no_grad()
-def clean_gradients(gradients: Sequence[Tensor]) -> tuple[float, int]:
-    """Replace NaN by 0 and infinities by +-1e5, in place.
+def ema_beta(nimg: int, settings: TrainingSettings) -> float:
+    """Decay of the average in a step that ends at `nimg` images: 0.5^(batch / half-life) (EDM).
 
-    Returns
-    -------
-    (norm over all gradients after the clean-up, number of entries replaced)
+    The half-life is at most `ema_rampup_ratio` of the images seen, so that early weights are forgotten; 0 keeps none.
     """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))
-    if norm.isfinite():  # a sum of squares hides no NaN and no infinity
-        return norm.item(), 0
-    bad = sum(int((~g.isfinite()).sum()) for g in gradients)
-    for g in gradients:
-        torch.nan_to_num_(g, nan=0.0, posinf=_GRAD_LIMIT, neginf=-_GRAD_LIMIT)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))).double())
-    return norm.item(), bad
+    halflife = settings.ema_halflife_kimg * 1000
+    if settings.ema_rampup_ratio is not None:
+        halflife = min(halflife, nimg * settings.ema_rampup_ratio)
+    return float(0.5 ** (settings.batch / halflife)) if halflife > 0 else 0.0
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+def ema_weights(optimizer: AdamEMA, names: Sequence[str]) -> dict[str, Tensor]:
+    """The averages by parameter name; no copies."""
+    return dict(zip(names, optimizer.emas[0], strict=True))
+
+
+@torch.no_grad()
+def load_ema_weights(optimizer: AdamEMA, names: Sequence[str], weights: dict[str, Tensor]) -> None:
+    for name, ema in ema_weights(optimizer, names).items():
+        ema.copy_(weights[name])
+
+
+def optimizer_tensors(optimizer: AdamEMA, names: Sequence[str]) -> dict[str, Tensor]:
     """State by parameter name, flat, for safetensors: ``exp_avg.enc.16x16_conv.weight`` and so on."""
     state = optimizer.state_dict()["state"]
     return {f"{key}.{names[index]}": value for index, values in state.items() for key, value in values.items()}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(optimizer: AdamEMA, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
     whole = optimizer.state_dict()
     index_of = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""One optimizer step: batch -> noise -> network -> loss -> backward -> optimizer -> EMA.
+"""One optimizer step: batch -> noise -> network -> loss -> backward -> optimizer with EMA.
 
 Every random number is a function of (seed, position), position = images seen so far + index in the global batch:
 neither the number of ranks nor the micro-batch nor a resume changes a draw.
@@ -20,10 +20,9 @@ from fastambient.diffusion.edm import draw_sigma
 from fastambient.errors import InputError
 from fastambient.training.config import Settings
 from fastambient.training.distributed import World
-from fastambient.training.ema import EMA
 from fastambient.training.monitor import SigmaLoss
-from fastambient.training.optimizer import clean_gradients, learning_rate
-from fastambient_kernels import ambient_loss, ambient_noise, is_ambient
+from fastambient.training.optimizer import ema_beta, learning_rate
+from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, is_ambient
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class TrainingStep:
         self,
         network: nn.Module,
         loader: ResidentLoader,
-        optimizer: torch.optim.Optimizer,
-        ema: EMA,
+        optimizer: AdamEMA,
         sigma_loss: SigmaLoss,
         settings: Settings,
         world: World,
@@ -59,7 +57,7 @@ class TrainingStep:
         num_classes: int,
         noise_seed: int,
     ) -> None:
-        self.network, self.loader, self.optimizer, self.ema = network, loader, optimizer, ema
+        self.network, self.loader, self.optimizer = network, loader, optimizer
         self.sigma_loss, self.settings, self.world = sigma_loss, settings, world
         self.num_classes, self.noise_seed = num_classes, noise_seed
         batch = settings.training.batch
@@ -74,7 +72,6 @@ class TrainingStep:
                 f"training.batch_gpu {self.micro} does not divide a rank's share of {self.share} images"
                 f" (batch {batch} on {world.size} ranks)"
             )
-        self.parameters = list(network.parameters())
         self.parallel: nn.Module = network
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -104,12 +101,12 @@ class TrainingStep:
         lr = learning_rate(nimg, t)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm, bad = clean_gradients([p.grad for p in self.parameters if p.grad is not None])
-        self.optimizer.step()
+        self.optimizer.step(ema_betas=[ema_beta(nimg + t.batch, t)])
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(nimg + t.batch, t.batch)
+        norm, bad = self.optimizer.grad_norm, self.optimizer.nonfinite
+        assert norm is not None and bad is not None
         return StepResult(
-            float(bins[0].sum()) / t.batch, lr, norm, bad, float(totals[-2]) / t.batch, bool(totals[-1] > 0)
+            float(bins[0].sum()) / t.batch, lr, float(norm), int(bad), float(totals[-2]) / t.batch, bool(totals[-1] > 0)
         )
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,20 @@
 """Operators of ambient diffusion training. Needs torch alone."""
 
+from fastambient_kernels.adam_ema import AdamEMA
 from fastambient_kernels.ambient import ambient_loss, ambient_noise, coefficients, is_ambient
+from fastambient_kernels.group_norm_silu import GroupNormSiLU, group_norm_silu
 from fastambient_kernels.noise import Stream, normal, philox4x32, uniform
 
-__all__ = ["Stream", "ambient_loss", "ambient_noise", "coefficients", "is_ambient", "normal", "philox4x32", "uniform"]
+__all__ = [
+    "AdamEMA",
+    "GroupNormSiLU",
+    "Stream",
+    "ambient_loss",
+    "ambient_noise",
+    "coefficients",
+    "group_norm_silu",
+    "is_ambient",
+    "normal",
+    "philox4x32",
+    "uniform",
+]

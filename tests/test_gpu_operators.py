@@ -1,0 +1,89 @@
+"""The compiled Triton kernels of noise, loss and norm on a GPU: float64, graphs, compile. AdamEMA: test_kernels_adam_ema*."""
+
+from __future__ import annotations
+
+import math
+
+import ambient_checks as checks
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_run
+from test_kernels_group_norm_silu import assert_within, errors, inputs
+
+from fastambient_kernels import ambient_loss, ambient_noise, group_norm_silu
+
+pytestmark = pytest.mark.gpu
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("image", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("F_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sigma_tn", [0.0, 0.4, math.inf])
+@pytest.mark.parametrize("size", [(6, 3, 64, 64), (3, 3, 17, 19), (2, 1, 8, 8)])
+def test_noise_and_loss(size, sigma_tn, F_dtype, image, layout):
+    data, keywords = checks.batch(*size, dtype=image), checks.KEYS | {"sigma_tn": sigma_tn}
+    found = checks.compare("triton", data, keywords, F_dtype=F_dtype, layout=layout, device="cuda")
+    checks.assert_within(found, F_dtype=F_dtype, factor=10)  # a GPU's fast sine and cosine: normals to 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(("shape", "groups"), [((4, 256, 32, 32), 32), ((2, 24, 8, 8), 6), ((2, 96, 5, 7), 24), ((1, 1536, 8, 8), 32)])  # fmt: skip
+def test_group_norm_silu(dtype, last, shape, groups):
+    assert_within(errors("triton", inputs(shape, last=last), groups, dtype, device="cuda"), dtype)
+
+
+def step(weight, affine, images, ids, flips, positions, sigma, seeds):
+    keys = {"sigma_tn": 0.4, "sigma_data": 0.5, "noise_seed": seeds[0], "run_seed": seeds[1], "impl": "triton"}
+    x = ambient_noise(images, ids, flips, positions, sigma, **keys).net_input
+    out = group_norm_silu(F.conv2d(x, weight, padding=1), *affine, groups=1, impl="triton")
+    return ambient_loss(out, images, ids, flips, positions, sigma, **keys).sum()
+
+
+def test_a_cuda_graph_and_compile_give_the_eager_step():
+    """Seeds are tensors, so that a replay draws new noise."""
+    data = tuple(t.cuda() for t in checks.batch(4, 3, 16, 16))
+    weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0)).cuda().requires_grad_()
+    affine = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
+    seeds = torch.tensor([[5], [6]], device="cuda")
+
+    def gradient(run):
+        weight.grad = None
+        loss = run(weight, affine, *data, seeds)
+        loss.backward()
+        return loss.detach().clone(), weight.grad.clone()
+
+    eager = gradient(step)
+    torch.testing.assert_close(gradient(torch.compile(step, fullgraph=True)), eager, rtol=1e-5, atol=1e-5)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warm-up
+        gradient(step)
+    torch.cuda.current_stream().wait_stream(side)
+    weight.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(weight, affine, *data, seeds)
+        loss.backward()
+    grad = weight.grad
+    graph.replay()
+    torch.testing.assert_close((loss.detach(), grad), eager, rtol=1e-5, atol=1e-5)
+    seeds.add_(1)
+    data[3].add_(64)  # the positions of the next batch
+    graph.replay()
+    fresh = gradient(step)
+    torch.testing.assert_close((loss.detach(), grad), fresh, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(fresh[0], eager[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_trains(tmp_path, precision):
+    from fastambient.training.distributed import World
+    from fastambient.training.loop import train
+
+    run = make_run(tmp_path / "r", "training.device=cuda", f"training.precision={precision}", "noise.sigma_tn=0.2")
+    train(run, World(device=torch.device("cuda", 0)), resume=False)
+    assert (run / "model.safetensors").exists()
