@@ -156,8 +156,11 @@ def configuration(numel: int, itemsize: int) -> dict[str, int]:
     if INTERPRETED:
         return {"VECTOR": vector, "ROWS": min(triton.next_power_of_2(triton.cdiv(numel, vector)), 8192)}
     block = 1024 if numel > 512 else 256
-    # AMD's warps have 64 lanes: with fewer of them a lane still holds a whole row, and its accesses stay 128 bits wide.
-    warps = max(1, block // (64 * vector)) if torch.version.hip else block // 256
+    if torch.version.hip:  # warps of 64 lanes: a lane holds a whole row, so that its accesses are 128 bits wide
+        block = max(block, 64 * vector)
+        warps = block // (64 * vector)
+    else:
+        warps = block // 256
     return {"VECTOR": vector, "ROWS": block // vector, "num_warps": warps}
 
 
@@ -214,10 +217,15 @@ def aot_cases() -> list[AotCase]:
     }  # fmt: skip
     pointers = ("ids", "flips", "positions", "sigma", "noise_seed", "run_seed", "numel", "plane", "width")
     cases = []
-    # (image, x_n, output or F, flips, channels last)
-    for image, x_n, streamed, flips, last in [
-        ("u8", None, "bf16", True, False), ("u8", None, "fp32", True, False), ("u8", None, "fp32", False, False),
-        ("u8", None, "bf16", True, True), ("u8", "fp16", "bf16", True, False), ("fp32", "fp32", "fp32", True, False),
+    # (image, x_n, output or F, flips, channels last, elements of a program, unit weighting). Small images (8 pixels)
+    # take programs of 256 elements, of 512 on AMD in bfloat16; flips are off only where a user turned them off.
+    for image, x_n, streamed, flips, last, block, unit in [
+        ("u8", None, "bf16", True, False, 1024, False), ("u8", None, "fp32", True, False, 1024, False),
+        ("u8", None, "fp32", False, False, 1024, True), ("u8", None, "bf16", True, True, 1024, False),
+        ("u8", "fp16", "bf16", True, False, 1024, False), ("fp32", "fp32", "fp32", True, False, 1024, False),
+        ("u8", None, "fp32", True, True, 1024, True), ("fp32", "fp16", "bf16", False, True, 1024, True),
+        ("u8", None, "bf16", True, False, 256, False), ("u8", None, "bf16", True, False, 512, False),
+        ("u8", None, "fp32", True, False, 256, False), ("u8", None, "fp32", True, True, 256, False),
     ]:  # fmt: skip
         signature = shared | {"images": f"*{image}"}
         constants: dict[str, Any] = {
@@ -226,7 +234,7 @@ def aot_cases() -> list[AotCase]:
             "CHANNELS_LAST": last,
             "ALIGNED": True,
         }
-        constants |= {"VECTOR": 16 // _BYTES[streamed], "ROWS": 64 * _BYTES[streamed]}
+        constants |= {"VECTOR": 16 // _BYTES[streamed], "ROWS": block * _BYTES[streamed] // 16}
         for name, optional in (("x_n", f"*{x_n}" if x_n else None), ("flips", "*i1" if flips else None)):
             if optional:
                 signature[name] = optional
@@ -234,6 +242,10 @@ def aot_cases() -> list[AotCase]:
                 constants[name] = None
                 signature.pop(name, None)
         words = f"{image}{f' x_n {x_n}' if x_n else ''} {streamed}{' nhwc' if last else ''}{' flips' if flips else ''}"
+        words += f"{' unit' if unit else ''}{f' {block}' if block != 1024 else ''}"
+        launch: dict[str, Any] = {"num_warps": block // 256, "amd_warps": max(1, block // (64 * constants["VECTOR"]))}
+        if streamed == "bf16" and block < 1024:
+            launch["targets"] = ("gfx942",) if block == 512 else ("sm_80", "sm_90", "sm_100")
         attrs = dict.fromkeys((k for k in (*pointers, "images", "x_n") if k in signature), 16)
         # A flipped sample writes its pixels in the other order, channels last three apart: narrow, beside wide ones.
         wide: tuple[str, ...] = () if last else ("out",)
@@ -241,16 +253,14 @@ def aot_cases() -> list[AotCase]:
             name=f"ambient_noise {words}", kernel=ambient_noise_kernel,
             signature=signature | {"out": f"*{streamed}", "table": "*fp32", "samples": "i32"}, constexprs=constants,
             attrs=attrs | {"out": 16, "table": 16}, streamed=wide, tails=wide if flips else (),
-            elements=1024 * (_BYTES[image] + _BYTES[streamed]), max_instructions=1500, max_registers=64,
-            amd_warps=1024 // (64 * constants["VECTOR"]),
+            elements=block * (_BYTES[image] + _BYTES[streamed]), max_instructions=1500, max_registers=64, **launch,
         ))  # fmt: skip
         wide = () if last else ("F", "dF")
         cases.append(AotCase(
             name=f"ambient_loss {words}", kernel=ambient_loss_kernel,
             signature=signature | {"partial": "*fp32", "F": f"*{streamed}", "dF": f"*{streamed}"},
-            constexprs=constants | {"UNIT": False}, attrs=attrs | {"partial": 16, "F": 16, "dF": 16}, streamed=wide,
-            tails=wide if flips else (), elements=1024 * (_BYTES[image] + 2 * _BYTES[streamed]),
-            max_instructions=1500, max_registers=96 if last else 64,
-            amd_warps=1024 // (64 * constants["VECTOR"]),
+            constexprs=constants | {"UNIT": unit}, attrs=attrs | {"partial": 16, "F": 16, "dF": 16}, streamed=wide,
+            tails=wide if flips else (), elements=block * (_BYTES[image] + 2 * _BYTES[streamed]),
+            max_instructions=1500, max_registers=96 if last else 64, **launch,
         ))  # fmt: skip
     return cases
