@@ -45,13 +45,17 @@ def information() -> dict[str, dict[str, Any]]:
         "bf16_on_cpu": "avx512_bf16" in _cpu_flags(),
     }
     native = {name: _said(_native.missing(name)) for name in _OPERATORS}
+    in_cuda = {"adam_ema": _said(_cuda_missing())}
     triton = {name: _said(_triton_missing(name, "cuda" if cuda else "cpu")) for name in _OPERATORS}
     return {
         "versions": versions,
         "devices": devices,
-        "operators": {name: _auto(triton[name] if cuda else native[name], cuda) for name in _OPERATORS},
+        "operators": {
+            name: _auto({"triton": triton[name], "native": in_cuda.get(name, "")} if cuda else {"native": native[name]})
+            for name in _OPERATORS
+        },
         "native": native,
-        "cuda": {"adam_ema": _said(_cuda_missing())},
+        "cuda": in_cuda,
         "triton": triton,
     }
 
@@ -60,10 +64,10 @@ def _said(reason: str | None) -> str:
     return f"not available: {reason}" if reason else _HERE
 
 
-def _auto(fast: str, cuda: bool) -> str:
-    """What "auto" takes where the fast path of the device is `fast`, and FASTAMBIENT_IMPL does not say otherwise."""
+def _auto(fast: dict[str, str]) -> str:
+    """What "auto" takes of the fast paths of the device, the best first, or what FASTAMBIENT_IMPL says."""
     asked = os.environ.get("FASTAMBIENT_IMPL", "auto")
-    return asked if asked != "auto" else ("triton" if cuda else "native") if fast == _HERE else "reference"
+    return asked if asked != "auto" else next((name for name, said in fast.items() if said == _HERE), "reference")
 
 
 def _triton_missing(operator: str, device: str) -> str | None:
@@ -74,7 +78,7 @@ def _triton_missing(operator: str, device: str) -> str | None:
 
 def _cuda_missing() -> str | None:
     try:
-        return _native.load("cuda")
+        return _native.missing("adam_ema", "cuda")
     except RuntimeError as error:  # FASTAMBIENT_CUDA=on makes it one; here it is the answer
         return str(error)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from fastambient import system
 from fastambient.system import information
 from fastambient_kernels import _native
 
@@ -45,6 +47,18 @@ def test_native_says_what_the_library_holds():
         assert (found[name] == "available") == (name in _native.OPERATORS)
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux"
+    or not all(map(shutil.which, ("cmake", "c++")))
+    or os.environ.get("FASTAMBIENT_NATIVE") == "off",
+    reason="needs Linux, CMake, a compiler, and FASTAMBIENT_NATIVE not off",
+)
+def test_where_a_compiler_is_the_library_is_there():
+    """Tests of native code skip without it: this one does not."""
+    found = elsewhere()["native"]
+    assert found == dict.fromkeys(OPERATORS, "available")
+
+
 def test_without_the_library_auto_is_the_reference_and_the_reason_is_told():
     found = elsewhere(FASTAMBIENT_NATIVE="off", FASTAMBIENT_CUDA="off", CUDA_VISIBLE_DEVICES="")
     for name in OPERATORS:
@@ -67,5 +81,12 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
     found = elsewhere(CUDA_VISIBLE_DEVICES="")["triton"]
     assert found["ambient_noise"].startswith("not available: Triton kernels run on GPUs")
     assert elsewhere(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")["triton"]["ambient_noise"] == "available"
-    monkeypatch.setitem(__import__("fastambient.system").system._OPERATORS, "ambient_noise", "no_such_triton")
+    monkeypatch.setitem(system._OPERATORS, "ambient_noise", "no_such_triton")
     assert information()["triton"]["ambient_noise"] == "not available: there is no Triton kernel of ambient_noise"
+
+
+def test_auto_takes_the_next_best_on_a_gpu():
+    here, away = "available", "not available: no"
+    assert system._auto({"triton": here, "native": here}) == "triton"
+    assert system._auto({"triton": away, "native": here}) == "native"
+    assert system._auto({"triton": away, "native": ""}) == "reference"

@@ -9,6 +9,7 @@ FASTAMBIENT_NATIVE=off (FASTAMBIENT_CUDA=off) leaves them unloaded, =on makes a 
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -55,8 +56,22 @@ OPERATORS = frozenset(
 )
 
 
-def missing(operator: str) -> str | None:
-    """Why the CPU library cannot run an operator, or None."""
+def missing(operator: str, device: str = "cpu") -> str | None:
+    """Why no compiled library runs an operator on a type of device, or None.
+
+    Raises
+    ------
+    RuntimeError : on "cuda", where FASTAMBIENT_CUDA=on and that library cannot be loaded
+    """
+    if device == "cuda" and operator == "adam_ema":
+        return _cuda_reason()
+    if device != "cpu":
+        return f"the compiled code of {operator} runs on CPUs, not on {device}"
     if operator in OPERATORS:
         return None
     return _REASON or f"the library holds no {operator}"
+
+
+@cache
+def _cuda_reason() -> str | None:
+    return load("cuda")

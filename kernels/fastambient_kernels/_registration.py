@@ -4,11 +4,11 @@ Each public function takes ``impl="auto|reference|triton|native"``:
 
     reference   plain torch, any device, float64-capable: what the others are tested against
     triton      Triton kernels: CUDA and ROCm devices, or a CPU under TRITON_INTERPRET=1
-    native      C++ on the CPU (``libfastambient_cpu.so``), float32 and bfloat16
+    native      C++ on the CPU, float32 and bfloat16; `AdamEMA` also in CUDA C++
 
-"auto" takes native on a CPU and triton on a GPU where they are there, and says once for each operator what it took;
-FASTAMBIENT_IMPL replaces "auto" by a name. A named implementation that is not available is an error, never a
-fall-back.
+"auto" takes native on a CPU, triton (or else native) on a GPU, where they are there, and says once for each operator
+what it took; FASTAMBIENT_IMPL replaces "auto" by a name. A named implementation that is not available is an error and
+never falls back.
 
 Fast paths are operators of ``torch.ops.fastambient`` made by `register`: a schema, one function for all devices, and
 a fake for tracing; an ``autograd.Function`` around them gives gradients. That traces under ``fullgraph=True`` and costs
@@ -62,9 +62,7 @@ def unavailable(operator: str, impl: str, device: torch.device, dtype: torch.dty
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton kernels run on GPUs; on a CPU only interpreted, under TRITON_INTERPRET=1"
         return None
-    if device.type != "cpu":
-        return f"the native library runs on CPUs, not on {device.type}"
-    return _native.missing(operator)
+    return _native.missing(operator, device.type)
 
 
 def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -85,10 +83,10 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | 
         if reason := unavailable(operator, impl, device, dtype):
             raise RuntimeError(f"{operator}: impl={impl!r} is not available: {reason}")
         return impl
-    wanted = "native" if device.type == "cpu" else "triton"
-    reason = unavailable(operator, wanted, device, dtype)
-    taken = "reference" if reason else wanted
-    _announce(operator, taken, device, reason)
+    wanted = ("native",) if device.type == "cpu" else ("triton", "native")
+    reasons = [unavailable(operator, name, device, dtype) for name in wanted]
+    taken = wanted[reasons.index(None)] if None in reasons else "reference"
+    _announce(operator, taken, device, reasons[0])
     return taken
 
 

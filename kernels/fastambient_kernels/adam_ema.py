@@ -28,17 +28,15 @@ network to an operator takes 0.6 ms at each step, about as long as a GPU's whole
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastambient_kernels import _native
-from fastambient_kernels._registration import IMPLEMENTATIONS, choose, unavailable
+from fastambient_kernels._registration import IMPLEMENTATIONS, choose
 from fastambient_kernels.adam_ema_table import CUDA_CHUNK, Table, Tensors, layout, run_cuda, run_native
 
 GRAD_LIMIT = 1e5  # what an infinite gradient becomes
@@ -335,23 +333,12 @@ class AdamEMA(torch.optim.Optimizer):
 
 
 def _choose(impl: str, device: torch.device, params: Sequence[Tensor]) -> str:
-    """As `choose`, and: native is also CUDA C++; types other than float32 are for the reference."""
+    """As `choose`, and: types other than float32 are for the reference."""
     if not all(p.dtype is torch.float32 for p in params):
         if impl not in ("auto", "reference"):
             raise RuntimeError(f"adam_ema: impl={impl!r} needs float32 parameters, use 'reference'")
         return "reference"
-    if device.type == "cuda":
-        asked = os.environ.get("FASTAMBIENT_IMPL", "auto") if impl == "auto" else impl
-        if asked == "native" and (reason := _cuda_missing()):
-            raise RuntimeError(f"adam_ema: impl='native' is not available: {reason}")
-        if asked == "native" or (asked == "auto" and unavailable("adam_ema", "triton", device) and not _cuda_missing()):
-            return "native"
     return choose("adam_ema", impl, device, torch.float32)
-
-
-@cache
-def _cuda_missing() -> str | None:
-    return _native.load("cuda")
 
 
 def _settle(tensors: Tensors, device: torch.device, *, dense: bool = False) -> None:
