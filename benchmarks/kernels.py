@@ -16,6 +16,7 @@ from pathlib import Path
 import protocol
 import torch
 import torch.nn.functional as F
+from baselines import FusedAdam, PerTensorAdam, two_regime_loss
 from torch import Tensor
 
 from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, group_norm_silu
@@ -34,32 +35,6 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
 
 
-def eager_noise_loss(
-    images: Tensor,
-    flips: Tensor,
-    sigma: Tensor,
-    network: Callable[[Tensor], Tensor],
-    noises: list[Tensor] | None = None,
-) -> Tensor:
-    """The two-regime loss as one writes it from the formulas: two draws, masks, D, target, both losses."""
-    x0 = images.float() / 127.5 - 1
-    x0 = torch.where(flips[:, None, None, None], x0.flip(3), x0)
-    fixed, fresh = noises or [torch.randn_like(x0), torch.randn_like(x0)]
-    s = sigma[:, None, None, None]
-    ambient = (s >= SIGMA_TN).float()
-    x_n = x0 + SIGMA_TN * fixed
-    q = (s**2 - SIGMA_TN**2).clamp(min=0).sqrt()
-    x = (1 - ambient) * (x0 + s * fresh) + ambient * (x_n + q * fresh)
-    h2 = s**2 + SIGMA_DATA**2
-    c_skip, c_out, c_in = SIGMA_DATA**2 / h2, s * SIGMA_DATA / h2.sqrt(), 1 / h2.sqrt()
-    D = c_skip * x + c_out * network(c_in * x)
-    r = SIGMA_TN**2 / s**2
-    weight = h2 / (s * SIGMA_DATA) ** 2
-    clean_loss = weight * (D - x0) ** 2
-    ambient_loss_ = weight * ((1 - r) * D + r * x - x_n) ** 2
-    return ((1 - ambient) * clean_loss + ambient * ambient_loss_).sum((1, 2, 3))
-
-
 def noise_loss(
     device: torch.device, rate: float, shape: tuple[int, ...], *, rounds: int, compiled: bool
 ) -> list[protocol.Row]:
@@ -72,7 +47,8 @@ def noise_loss(
     sigma[: n // 4] = SIGMA_TN * (1.1 + torch.arange(n // 4, device=device))  # both regimes, away from the boundary
     raw = torch.randn(shape, generator=g).to(device).requires_grad_()  # stands for the network's output
     data = (images, ids, flips, positions, sigma)
-    keywords = {"sigma_tn": SIGMA_TN, "sigma_data": SIGMA_DATA, "noise_seed": 1, "run_seed": 2}
+    constants = {"sigma_tn": SIGMA_TN, "sigma_data": SIGMA_DATA}
+    keywords = constants | {"noise_seed": 1, "run_seed": 2}
 
     def ours() -> Tensor:
         raw.grad = None
@@ -83,7 +59,7 @@ def noise_loss(
 
     def eager(noises: list[Tensor] | None = None) -> Tensor:
         raw.grad = None
-        loss = eager_noise_loss(images, flips, sigma, lambda x: raw, noises)
+        loss = two_regime_loss(images, flips, sigma, lambda x, c: raw, noises=noises, **constants)
         loss.sum().backward()
         return loss
 
@@ -101,7 +77,7 @@ def noise_loss(
     agreement = need(max(per_sample, difference(grad, raw.grad)), 1e-3, "noise+loss")
     works: dict[str, protocol.Work] = {"ours": ours, "eager": eager}
     if compiled:
-        fast = torch.compile(lambda: eager_noise_loss(images, flips, sigma, lambda x: raw))
+        fast = torch.compile(lambda: two_regime_loss(images, flips, sigma, lambda x, c: raw, **constants))
 
         def compiled_work() -> None:
             raw.grad = None
@@ -115,8 +91,7 @@ def noise_loss(
         "noise+loss",
         "ours",
         times,
-        useful_bytes=useful,
-        rate=rate,
+        floor=useful / rate,
         agreement=dict.fromkeys(works, agreement),
         size=size,
     )
@@ -165,7 +140,7 @@ def norms(
     name = f"group_norm_silu-{'fp32' if dtype == torch.float32 else 'bf16'}"
     size = "x".join(map(str, shape))
     return protocol.rows_of(
-        name, "ours", times, useful_bytes=useful, rate=rate, agreement=dict.fromkeys(works, agreement), size=size
+        name, "ours", times, floor=useful / rate, agreement=dict.fromkeys(works, agreement), size=size
     )
 
 
@@ -193,45 +168,25 @@ def adam(device: torch.device, rate: float, total: int, tensors: int, *, rounds:
         return made
 
     mine, plain, fused = parameters(), parameters(), parameters()
-    ours_optimizer = AdamEMA(mine, lr=1e-3, emas=1)
-    plain_optimizer = torch.optim.Adam(plain, lr=1e-3, foreach=False, fused=False)
-    fused_optimizer = torch.optim.Adam(fused, lr=1e-3, fused=True)
-    plain_ema, fused_ema = ([p.detach().clone() for p in ps] for ps in (plain, fused))
-
-    def ours() -> None:
-        ours_optimizer.step(ema_betas=(beta,))
-
-    def per_tensor() -> None:
-        for p in plain:
-            torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
-        plain_optimizer.step()
-        for e, p in zip(plain_ema, plain, strict=True):
-            e.copy_(p.detach().lerp(e, beta))
-
-    detached = [p.detach() for p in fused]
-
-    def foreach() -> None:
-        norms = torch._foreach_norm(gradients)  # a finite norm shows that there is nothing to clean up
-        if not torch.stack(norms).isfinite().all():
-            for grad in gradients:
-                torch.nan_to_num_(grad, nan=0, posinf=1e5, neginf=-1e5)
-        fused_optimizer.step()
-        torch._foreach_lerp_(fused_ema, detached, 1 - beta)
-
-    for work in (ours, per_tensor, foreach):
+    optimizer = AdamEMA(mine, lr=1e-3, emas=1)
+    per_tensor, foreach = PerTensorAdam(plain, lr=1e-3), FusedAdam(fused, lr=1e-3)
+    works: dict[str, protocol.Work] = {
+        "ours": lambda: optimizer.step(ema_betas=(beta,)),
+        "eager": lambda: per_tensor.step(beta),
+        "fused-torch": lambda: foreach.step(beta),
+    }
+    for work in works.values():
         for _ in range(2):
             work()
-    pairs = [*zip(mine, plain, strict=True), *zip(ours_optimizer.emas[0], plain_ema, strict=True)]
+    pairs = [*zip(mine, plain, strict=True), *zip(optimizer.emas[0], per_tensor.ema, strict=True)]
     agreement = need(max(difference(a.detach(), b.detach()) for a, b in pairs), 2e-6, "adam_ema")
-    works: dict[str, protocol.Work] = {"ours": ours, "eager": per_tensor, "fused-torch": foreach}
     times = protocol.interleave(works, rounds=rounds, device=device)
     size = f"{total / 1e6:.1f}M/{tensors}"
     return protocol.rows_of(
         "adam_ema",
         "ours",
         times,
-        useful_bytes=36 * total,
-        rate=rate,
+        floor=36 * total / rate,
         agreement=dict.fromkeys(works, agreement),
         size=size,
     )

@@ -32,7 +32,7 @@ class Row:
     ms: float  # ours, median
     ms_competitor: float
     spread: float  # (p80 - p20) / p50 of our times
-    floor_fraction: float  # useful bytes a second over the copy rate of this run
+    floor_fraction: float  # the floor of this run over our time; for an operator, its useful bytes at the copy rate
     agreement: float  # largest relative difference of the compared results
     size: str = ""
 
@@ -80,12 +80,11 @@ def rows_of(
     ours: str,
     times: dict[str, list[float]],
     *,
-    useful_bytes: float,
-    rate: float,
+    floor: float,
     agreement: dict[str, float],
     size: str,
 ) -> list[Row]:
-    """One row for each competitor of `ours`. Its ratio is the median of the rounds' ratios, so that drift cancels."""
+    """One row for each competitor of `ours`; `floor` in seconds. The ratio is the median of the rounds', against drift."""
     mine = times[ours]
     ms = statistics.median(mine) * 1e3
     spread = (percentile(mine, 0.8) - percentile(mine, 0.2)) / statistics.median(mine)
@@ -93,9 +92,8 @@ def rows_of(
     for name, theirs in times.items():
         if name != ours:
             ratio = statistics.median(t / m for t, m in zip(theirs, mine, strict=True))
-            floor = useful_bytes / (ms / 1e3) / rate
             their_ms = statistics.median(theirs) * 1e3
-            rows.append(Row(work, name, ratio, ms, their_ms, spread, floor, agreement.get(name, 0.0), size))
+            rows.append(Row(work, name, ratio, ms, their_ms, spread, floor * 1e3 / ms, agreement.get(name, 0.0), size))
     return rows
 
 

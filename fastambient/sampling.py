@@ -110,7 +110,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> EDMDenoiser
     network.load_state_dict(state, assign=True)
     denoiser = EDMDenoiser(network, sigma_data=metadata["sigma_data"], label_dim=metadata["network"]["label_dim"])
     denoiser.metadata = metadata
-    return denoiser.eval().requires_grad_(False).to(device)
+    # Channels-last, as in training: the layout in which convolutions and norms are fastest.
+    return denoiser.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
 
 
 def _empty_network(file: Path, metadata: dict[str, Any], shapes: dict[str, list[int]]) -> nn.Module:

@@ -74,11 +74,13 @@ class StopSignal:
 
 
 def build_network(settings: Settings, store: Store, device: torch.device) -> nn.Module:
-    """A network with the initial weights of the run's seed; the global generator is left as it was."""
+    """A network with the initial weights of the run's seed, channels-last: the layout in which convolutions and norms
+    are fastest on CPUs and GPUs alike. The global generator is left as it was."""
     config = network_config(settings, channels=store.channels, num_classes=store.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.training.seed & (2**63 - 1))
-        return models.build(config).to(device).train()
+        network = models.build(config)
+    return network.to(device).to(memory_format=torch.channels_last).train()
 
 
 def crosses(nimg: int, batch: int, every_kimg: float) -> bool:

@@ -121,7 +121,7 @@ class TrainingStep:
             "sigma_tn": n.sigma_tn, "sigma_data": n.sigma_data, "noise_seed": noise_seed, "run_seed": t.seed,
             "x_n": batch.x_n if n.mode == "fixed" else None,
         }  # fmt: skip
-        noised = ambient_noise(images, ids, flips, positions, sigma, **keywords)
+        noised = ambient_noise(images, ids, flips, positions, sigma, memory_format=torch.channels_last, **keywords)
         labels = None
         if self.num_classes:
             assert batch.labels is not None

@@ -1,0 +1,208 @@
+"""The competitors of the trainer and the sampler: our own code, from the mathematics, on the same networks and weights.
+
+reference   what the public reference does: float32, eager, contiguous, group norm and SiLU apart, depthwise convolutions
+            for resampling, bias apart, attention by einsum in float32, per-tensor clean-up, Adam without fusing,
+            per-tensor average; the sampler's state in float64
+strong      what a careful engineer does with torch alone: bfloat16 autocast where the device has it, channels-last,
+            torch.compile, fused Adam, foreach clean-up and average
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastambient.models.layers import Conv2d, GroupNorm, UNetBlock
+
+Network = Callable[..., Tensor]
+
+
+def two_regime_loss(
+    images: Tensor, flips: Tensor, sigma: Tensor, network: Callable[[Tensor, Tensor], Tensor], *,
+    sigma_tn: float, sigma_data: float, noises: Sequence[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Loss [N] as one writes it from the formulas: two draws, masks, D, target, both losses.
+
+    images uint8 [N, C, H, W]; `network` gets (c_in * x, c_noise); `noises` replaces the draws: fixed, fresh, as flipped.
+    """
+    x0 = images.float() / 127.5 - 1
+    x0 = torch.where(flips[:, None, None, None], x0.flip(3), x0)
+    fixed, fresh = noises or [torch.randn_like(x0), torch.randn_like(x0)]
+    s = sigma[:, None, None, None]
+    ambient = (s >= sigma_tn).float() if sigma_tn > 0 else torch.zeros_like(s)
+    x_n = x0 + sigma_tn * fixed
+    q = (s**2 - sigma_tn**2).clamp(min=0).sqrt()
+    x = (1 - ambient) * (x0 + s * fresh) + ambient * (x_n + q * fresh)
+    h2 = s**2 + sigma_data**2
+    c_skip, c_out, c_in = sigma_data**2 / h2, s * sigma_data / h2.sqrt(), 1 / h2.sqrt()
+    D = c_skip * x + c_out * network(c_in * x, sigma.log() / 4)
+    r = sigma_tn**2 / s**2
+    weight = h2 / (s * sigma_data) ** 2
+    clean_loss = weight * (D - x0) ** 2
+    ambient_loss = weight * ((1 - r) * D + r * x - x_n) ** 2
+    return ((1 - ambient) * clean_loss + ambient * ambient_loss).sum((1, 2, 3))
+
+
+class _PlainGroupNorm(GroupNorm):
+    """Group norm, scale and shift, SiLU: a pass each."""
+
+    def forward(
+        self, x: Tensor, *, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+        silu: bool = True,
+    ) -> Tensor:  # fmt: skip
+        if add is not None:
+            x = x + add[:, :, None, None]
+        x = F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        if scale is not None and shift is not None:
+            x = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None] + 1)
+        return F.silu(x) if silu else x
+
+
+class _PlainConv2d(Conv2d):
+    """Resampling by depthwise convolutions, convolution, bias: a pass each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, pad = x.shape[1], self.kernel // 2
+        if self.resample:
+            taps = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
+            if self.resample == "up":
+                x = F.conv_transpose2d(x, 4 * taps, stride=2, padding=self.filter_pad, groups=channels)
+            elif self.resample == "down":
+                x = F.conv2d(x, taps, stride=2, padding=self.filter_pad, groups=channels)
+        if not self.kernel:
+            return x
+        if self.resample == "down_fused":
+            x = F.conv2d(x, self.weight, padding=pad + self.filter_pad)
+            taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+            return F.conv2d(x, taps, stride=2, groups=x.shape[1]) + self.bias[:, None, None]
+        return F.conv2d(x, self.weight, padding=pad) + self.bias[:, None, None]
+
+
+class _PlainBlock(UNetBlock):
+    """Attention as two einsums around a softmax in float32."""
+
+    def _attend(self, x: Tensor) -> Tensor:
+        n, channels, height, width = x.shape
+        qkv = self.qkv(self.norm2(x, silu=False)).reshape(n * self.heads, channels // self.heads, 3, -1)
+        q, k, v = qkv.float().unbind(2)
+        weights = torch.einsum("ncq,nck->nqk", q, k / math.sqrt(k.shape[1])).softmax(dim=2)
+        a = torch.einsum("nqk,nck->ncq", weights, v).to(x.dtype)
+        return self.proj(a.reshape(n, channels, height, width))
+
+
+_PLAIN = {GroupNorm: _PlainGroupNorm, Conv2d: _PlainConv2d, UNetBlock: _PlainBlock}
+
+
+def as_shipped(network: nn.Module) -> nn.Module:
+    """The same network, contiguous, with the reference's arrangement of the arithmetic; changed in place."""
+    for module in network.modules():
+        module.__class__ = _PLAIN.get(type(module), type(module))  # same parameters, another forward
+    return network.to(memory_format=torch.contiguous_format)
+
+
+class PerTensorAdam:
+    """Clean-up, Adam and moving average, each a loop over the parameters."""
+
+    def __init__(self, params: Sequence[Tensor], *, lr: float) -> None:
+        self.params = list(params)
+        self.optimizer = torch.optim.Adam(self.params, lr=lr, foreach=False, fused=False)
+        self.ema = [p.detach().clone() for p in self.params]
+
+    def step(self, beta: float) -> None:
+        for p in self.params:
+            if p.grad is not None:
+                torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
+        self.optimizer.step()
+        for e, p in zip(self.ema, self.params, strict=True):
+            e.copy_(p.detach().lerp(e, beta))
+
+
+class FusedAdam:
+    """The same from torch's own fused pieces."""
+
+    def __init__(self, params: Sequence[Tensor], *, lr: float) -> None:
+        self.params = list(params)
+        self.detached = [p.detach() for p in self.params]
+        self.optimizer = torch.optim.Adam(self.params, lr=lr, fused=True)
+        self.ema = [p.detach().clone() for p in self.params]
+
+    def step(self, beta: float) -> None:
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        # A finite norm shows that there is nothing to clean up.
+        if not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            for gradient in gradients:
+                torch.nan_to_num_(gradient, nan=0, posinf=1e5, neginf=-1e5)
+        for p in self.params:  # torch's fused CPU Adam reads gradients in the parameter's memory order
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
+        self.optimizer.step()
+        torch._foreach_lerp_(self.ema, self.detached, 1 - beta)
+
+
+class BaselineStep:
+    """One training step of a competitor on batches that it is given.
+
+    Parameters
+    ----------
+    kind : "reference" or "strong"
+    network : raw network; it is taken over and changed
+    """
+
+    def __init__(
+        self, kind: str, network: nn.Module, *, sigma_tn: float, sigma_data: float, lr: float, beta: float,
+        bf16: bool = False,
+    ) -> None:  # fmt: skip
+        self.sigma_tn, self.sigma_data, self.beta, self.bf16 = sigma_tn, sigma_data, beta, bf16
+        self.strong = kind == "strong"
+        self.network = network.to(memory_format=torch.channels_last) if self.strong else as_shipped(network)
+        self.call: Network = torch.compile(self.network) if self.strong else self.network
+        self.optimizer = (FusedAdam if self.strong else PerTensorAdam)(list(network.parameters()), lr=lr)
+
+    def loss(self, images: Tensor, flips: Tensor, sigma: Tensor, noises: Sequence[Tensor] | None = None) -> Tensor:
+        """Loss [N] with its graph."""
+
+        def network(x: Tensor, c_noise: Tensor) -> Tensor:
+            if self.strong:
+                x = x.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.strong and self.bf16):
+                return self.call(x, c_noise).float()
+
+        keywords = {"sigma_tn": self.sigma_tn, "sigma_data": self.sigma_data, "noises": noises}
+        return two_regime_loss(images, flips, sigma, network, **keywords)  # type: ignore[arg-type]
+
+    def __call__(self, images: Tensor, flips: Tensor, *, P_mean: float = -1.2, P_std: float = 1.2) -> float:
+        for p in self.optimizer.params:
+            p.grad = None
+        sigma = torch.exp(P_mean + P_std * torch.randn(len(images), device=images.device))
+        loss = self.loss(images, flips, sigma).sum() / len(images)
+        loss.backward()
+        self.optimizer.step(self.beta)
+        return loss.item()
+
+
+def heun_float64(network: nn.Module, latents: Tensor, steps: int, *, sigma_data: float) -> Tensor:
+    """EDM's deterministic sampler as its code runs it: the state in float64, the network in float32."""
+    high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    i = torch.arange(steps, dtype=torch.float64, device=latents.device)
+    t = torch.cat([(high + i / (steps - 1) * (low - high)) ** 7, i[:1] * 0])
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        x, s = x.float(), sigma.float().expand(len(x))
+        h2 = (s**2 + sigma_data**2)[:, None, None, None]
+        column = s[:, None, None, None]
+        out = network(x / h2.sqrt(), s.log() / 4)
+        return (sigma_data**2 / h2 * x + column * sigma_data / h2.sqrt() * out).double()
+
+    x = latents.double() * t[0]
+    for now, after in pairwise(t):
+        d = (x - denoise(x, now)) / now
+        x_next = x + (after - now) * d
+        if after > 0:
+            x_next = x + (after - now) * (d + (x_next - denoise(x_next, after)) / after) / 2
+        x = x_next
+    return x
