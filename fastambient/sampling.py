@@ -30,6 +30,7 @@ from fastambient_kernels import Stream, normal
 from fastambient_kernels.noise import random_words
 
 FORMAT = "fastambient-1"
+MAX_STEPS = 10_000  # noise levels; the schedule is one tensor, made before the first picture
 _GRID_LIMIT = 100  # pictures in the overview
 
 
@@ -46,6 +47,24 @@ class SamplingSettings:
     S_max: float | None = None  # None: no upper limit
     S_noise: float = 1.0
     batch: int = 64  # images at once
+
+
+def check_sampling(s: SamplingSettings) -> None:
+    """Ranges that types cannot say. Raises InputError naming the setting, its value and what was expected."""
+    limits = (
+        ("steps", 2 <= s.steps <= MAX_STEPS, f"2 to {MAX_STEPS:,} (one step is no sampler)"),
+        ("sigma_max", 0 < s.sigma_max < math.inf, "above 0"),
+        ("sigma_min", 0 < s.sigma_min < s.sigma_max, f"between 0 and sigma_max = {s.sigma_max:g}"),
+        ("rho", 0 < s.rho < math.inf, "above 0"),
+        ("S_churn", 0 <= s.S_churn < math.inf, "0 or more"),
+        ("S_min", 0 <= s.S_min < math.inf, "0 or more"),
+        ("S_max", s.S_max is None or s.S_max >= 0, "0 or more, or null for no limit"),
+        ("S_noise", 0 <= s.S_noise < math.inf, "0 or more"),
+        ("batch", s.batch >= 1, "1 or more"),
+    )
+    for name, fits, expected in limits:
+        if not fits:
+            raise InputError(f"sampling.{name} must be {expected}, got {getattr(s, name)}")
 
 
 def export(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -105,7 +124,10 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> EDMDenoiser
             shapes = {k: list(opened.get_slice(name).get_shape()) for k, name in names.items()}
             network = _empty_network(file, metadata, shapes)
             state = {k: opened.get_tensor(name) for k, name in names.items()}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            check_sampling(SamplingSettings(**metadata.get("sampling", {})))
+            if lie := next((k for k, v in state.items() if not v.is_floating_point()), None):
+                raise InputError(f"{file}: {lie} is {state[lie].dtype}, weights are floating-point numbers")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{file} is damaged or no safetensors file: {error}") from None
     network.load_state_dict(state, assign=True)
     denoiser = EDMDenoiser(network, sigma_data=metadata["sigma_data"], label_dim=metadata["network"]["label_dim"])
@@ -184,8 +206,8 @@ def sample(
     chosen = settings or SamplingSettings(**told.get("sampling", {}))
     steps = chosen.steps if steps is None else steps
     batch = chosen.batch if batch is None else batch
-    if steps < 2:
-        raise InputError(f"--steps must be 2 or more (one step is no sampler), got {steps}")
+    if not 2 <= steps <= MAX_STEPS:
+        raise InputError(f"--steps must be 2 to {MAX_STEPS:,} (one step is no sampler), got {steps}")
     if batch < 1:
         raise InputError(f"--batch must be 1 or more, got {batch}")
     classes = denoiser.label_dim

@@ -87,6 +87,7 @@ BAD = [
     (["prepare", "digits", "--out", "taken"], "the folder taken exists and is not empty"),
     (["prepare", "digits", "--out", "new", "--sigma-tn", "nan"], "sigma_tn"),
     (["prepare", "digits", "--out", "new", "--train", "9999"], "1,797"),
+    (["prepare", "digits", "--out", "new", "--split-seed", "99999999999999999999"], "--split-seed must fit in 64 bits"),
     (["prepare", "digits"], "--out"),
     (["prepare", "empty", "--out", "new"], "empty"),
     (["sample", "nothing", "--seeds", "0", "--out", "new"], "no run or weights file nothing"),

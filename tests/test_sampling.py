@@ -86,6 +86,7 @@ def test_files_and_refusals(tmp_path):
         write_samples(model, [0], npz)
     for arguments, message in (
         ({"steps": 1}, "one step is no sampler"),
+        ({"steps": 10**10}, "2 to 10,000"),
         ({"batch": 0}, "--batch"),
         ({"class_index": 1}, "class"),
     ):
@@ -122,11 +123,19 @@ def test_lying_headers_are_refused(tmp_path):
         ({"network": json.dumps(CONFIG | {"num_blocks": "x"})}, "no network"),
         ({"network": json.dumps(CONFIG | {"evil": 1})}, "no network"),
         ({"network": json.dumps({"model_type": "SongUNet"})}, "no network"),
+        ({"network": "[" * 100_000}, "damaged"),
+        ({"sampling": '"x"'}, "damaged"),
+        ({"sampling": '{"evil": 1}'}, "damaged"),
+        ({"sampling": '{"steps": "x"}'}, "damaged"),
+        ({"sampling": '{"rho": 0.0}'}, r"sampling\.rho must be above 0"),
     ]
     for change, message in lies:
         save_file(tensors, tmp_path / "lie.safetensors", good | change)
         with pytest.raises(InputError, match=message):
             load(tmp_path / "lie.safetensors")
+    save_file({k: v.to(torch.int32) for k, v in tensors.items()}, tmp_path / "lie.safetensors", good)
+    with pytest.raises(InputError, match="floating-point"):
+        load(tmp_path / "lie.safetensors")
     missing = {k: v for k, v in tensors.items() if k != "map_layer0.bias"}
     save_file(missing, tmp_path / "lie.safetensors", good)
     with pytest.raises(InputError, match=r"map_layer0\.bias"):

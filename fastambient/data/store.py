@@ -92,7 +92,9 @@ def prepare(
     FastambientError : writing failed, for instance on a full disk. Nothing is left behind.
     """
     out = Path(out)
-    _check_arguments(out, sigma_tn=sigma_tn, noisy=noisy, force=force, train=train, holdout=holdout)
+    _check_arguments(
+        out, sigma_tn=sigma_tn, noisy=noisy, force=force, train=train, holdout=holdout, split_seed=split_seed
+    )
     if noise_seed is None:
         noise_seed = secrets.randbits(64)
     elif not -(2**63) <= noise_seed < 2**64:
@@ -113,8 +115,9 @@ def prepare(
 
 
 def _check_arguments(
-    out: Path, *, sigma_tn: float | None, noisy: str, force: bool, train: int | None, holdout: int | None
-) -> None:
+    out: Path, *, sigma_tn: float | None, noisy: str, force: bool, train: int | None, holdout: int | None,
+    split_seed: int,
+) -> None:  # fmt: skip
     if noisy not in NOISY:
         raise InputError(f"--noisy must be one of {', '.join(NOISY)}, got {noisy!r}")
     if sigma_tn is not None and not (math.isfinite(sigma_tn) and sigma_tn >= 0):
@@ -125,6 +128,8 @@ def _check_arguments(
         raise InputError(f"--train must be 1 or more, got {train}")
     if holdout is not None and holdout < 0:
         raise InputError(f"--holdout must be 0 or more, got {holdout}")
+    if not -(2**63) <= split_seed < 2**64:
+        raise InputError(f"--split-seed must fit in 64 bits, got {split_seed}")
     refuse_existing(out, force=force)
     if out.is_dir() and any(out.iterdir()) and not is_store(out):
         raise InputError(f"{out} is no store, so --force does not replace it; choose another name")

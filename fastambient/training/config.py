@@ -21,7 +21,7 @@ import yaml
 from fastambient.diffusion.ambient import default_sigma_tn
 from fastambient.errors import InputError, did_you_mean
 from fastambient.models.presets import PRESETS, default_preset
-from fastambient.sampling import SamplingSettings
+from fastambient.sampling import SamplingSettings, check_sampling
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,9 @@ def check(settings: Settings) -> None:
         finite("noise.sigma_data", n.sigma_data, above=0)
     finite("noise.P_std", n.P_std, above=0)
     need(math.isfinite(n.P_mean), "noise.P_mean", n.P_mean, "finite")
-    finite("training.kimg", t.kimg, above=0)
+    d = settings.data
+    need(-(2**63) <= d.split_seed < 2**64, "data.split_seed", d.split_seed, "a 64-bit integer")
+    need(math.isfinite(t.kimg) and t.kimg * 1000 >= 1, "training.kimg", t.kimg, "0.001 (one image) or more")
     need(t.batch >= 1, "training.batch", t.batch, "1 or more")
     need(t.batch_gpu is None or t.batch_gpu >= 1, "training.batch_gpu", t.batch_gpu, "1 or more")
     finite("training.lr", t.lr, above=0)
@@ -285,9 +287,9 @@ def check(settings: Settings) -> None:
     finite("training.sample_kimg", t.sample_kimg or 0, least=0)
     for name, p in (("dropout", settings.model.dropout), ("label_dropout", settings.model.label_dropout)):
         need(0 <= p < 1, f"model.{name}", p, "a probability in [0, 1)")
-    need(2 <= s.steps <= 10_000, "sampling.steps", s.steps, "2 or more (one step is no sampler)")
-    need(0 < s.sigma_min < s.sigma_max, "sampling.sigma_min", s.sigma_min, f"between 0 and sigma_max = {s.sigma_max:g}")
-    need(s.batch >= 1, "sampling.batch", s.batch, "1 or more")
+    check_sampling(s)
+    need(e.bootstrap >= 1, "evaluation.bootstrap", e.bootstrap, "1 or more")
+    need(e.seed >= 0, "evaluation.seed", e.seed, "0 or more")
     need(e.num >= 2, "evaluation.num", e.num, "2 or more")
     need(0 < e.threshold < 1, "evaluation.threshold", e.threshold, "between 0 and 1")
 
