@@ -28,6 +28,9 @@ def test_layers_override_in_order(tmp_path):
         resolve(resolution=8, preset="small32", layers=[("f", {"model": {"preset": "small16"}})]).model.preset
         == "small32"
     )
+    named = resolve(resolution=8, preset="small32", assignments=["model.preset=small16"])
+    assert named.model.preset == "small16"
+    assert named.model.model_channels == PRESETS["small16"]["model"]["model_channels"], "--set takes the whole preset"
 
 
 def test_open_settings_are_filled_in():
@@ -78,6 +81,7 @@ def test_presets_speak_of_this_tree(name):
         ("model.dropout=1", "a probability"),
         ("sampling.steps=1", "one step is no sampler"),
         ("sampling.sigma_min=100", "between 0 and sigma_max"),
+        ("model.preset=smal16", "unknown preset 'smal16'; nearest: small16"),
         ("sampling.rho=0", "sampling.rho must be above 0"),
         ("sampling.sigma_max=.inf", "sampling.sigma_max must be above 0"),
         ("sampling.S_churn=-1", "sampling.S_churn must be 0 or more"),

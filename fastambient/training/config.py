@@ -217,7 +217,11 @@ def resolve(
 ) -> Settings:
     """Defaults, then the preset, then `layers` of (where it comes from, tree), then ``--set``; nothing left open but
     what only the data can tell (sigma_data, split sizes)."""
-    layers = list(layers)
+    layers, assignments = list(layers), list(assignments)
+    # --set model.preset=NAME is a preset as well, and wins as every --set does.
+    assigned = Settings().with_assignments(assignments).model.preset
+    if assigned is not None:
+        preset = assigned
     for _, tree in layers:
         section = tree.get("model") if isinstance(tree, Mapping) else None
         if preset is None and isinstance(section, Mapping) and isinstance(section.get("preset"), str):
