@@ -69,6 +69,7 @@ def new_folder(path: Path, *, force: bool = False, marker: str | None = None) ->
     InputError : `path` exists and must not be replaced
     """
     refuse_existing(path, force=force, marker=marker)
+    path = path.resolve() if path.is_symlink() else path  # renaming onto a link would replace the link
     missing = [p for p in path.absolute().parents if not p.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
@@ -94,10 +95,15 @@ def new_folder(path: Path, *, force: bool = False, marker: str | None = None) ->
 
 
 def refuse_existing(path: Path, *, force: bool = False, marker: str | None = None) -> None:
-    """InputError where `path` exists (an empty folder may), unless `force`; and even then where it is a folder without
-    the file `marker`: ``--force`` replaces what this program made, not somebody's pictures."""
-    if path.is_file() and not force:
-        raise InputError(f"{path} exists; choose another name or pass --force to replace it")
+    """InputError where `path` exists (an empty folder may), unless `force`; and even then where it is a file, the
+    folder one is in, or a folder without the file `marker`: ``--force`` replaces what this program made, not
+    somebody's pictures."""
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise InputError(f"the folder {path} is the one you are in, or around it; choose a new folder inside it")
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not place.is_dir():
+        what = "exists and is a file" if place == path else f"cannot be made: {place} is a file"
+        raise InputError(f"{path} {what}; choose another name")
     if path.is_dir() and any(path.iterdir()):
         if not force:
             raise InputError(
