@@ -22,7 +22,7 @@ from fastambient.sampling import load
 from fastambient.training import checkpoint, loop
 from fastambient.training.loop import Interrupted, crosses
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, describe, plan, start
+from fastambient.training.start import TrainRequest, create_run, describe, new, plan, start
 
 
 def contents(path):
@@ -156,6 +156,10 @@ def test_one_writer(tmp_path):
     path = make_run(tmp_path / "run")
     with RunFolder(path).lock(), pytest.raises(InputError, match="another process is training"):
         start(path)
+    before = (path / "config.yaml").read_text()
+    with RunFolder(path).lock(), pytest.raises(InputError, match="another process is training"):
+        new(TrainRequest(assignments=["training.seed=7"]), path, force=True)
+    assert (path / "config.yaml").read_text() == before, "--force replaced a run that was being trained"
 
 
 def test_nothing_is_left_of_a_run_that_could_not_start(tmp_path):

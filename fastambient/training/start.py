@@ -136,7 +136,10 @@ def _agree_with_store(
 
 def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
     """Write the run folder in one step: store (for a SOURCE), settings, noise seed. Nothing is left after an error."""
-    with new_folder(out, force=force, marker="config.yaml") as folder:
+    # A run that is replaced must not be one that somebody is training.
+    there = RunFolder(out)
+    replaced = there.lock() if force and there.config.is_file() else contextlib.nullcontext()
+    with replaced, new_folder(out, force=force, marker="config.yaml") as folder:
         run = RunFolder(folder)
         d, n = plan.settings.data, plan.settings.noise
         if isinstance(plan.data, Store):
