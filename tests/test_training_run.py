@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from fastambient.data.sources import open_source
 from fastambient.data.store import prepare
 from fastambient.errors import FastambientError, InputError
+from fastambient.evaluation.run import evaluate_run
 from fastambient.sampling import load
 from fastambient.training import checkpoint, loop
 from fastambient.training.loop import Interrupted, crosses
@@ -209,6 +210,24 @@ def test_stores_and_the_command_line(tmp_path):
         losses.append([row["loss"] for row in read_stats(run)])
     assert losses[0] == pytest.approx(losses[1], rel=2e-2), "the precomputed copy gives the same training"
     assert losses[0] != losses[1]
+
+
+def test_another_store_in_the_place_of_a_runs_own_is_refused(tmp_path):
+    """Trained on after a resume, its noise would be a second observation of every picture, its split another one."""
+
+    def store(**changed):
+        options = {"sigma_tn": 0.3, "noise_seed": 5, "noisy": "float32", "force": True} | changed
+        return prepare(open_source("digits"), tmp_path / "store", **options)
+
+    path = make_run(tmp_path / "run", data=str(store().path), noise_seed=None)
+    train_here(path)
+    for changed in ({"noise_seed": 6}, {"split_seed": 1}, {"sigma_tn": 0.4}):
+        store(**changed)
+        for use in (lambda: train_here(path, resume=True), lambda: evaluate_run(path, num=2)):
+            with pytest.raises(InputError, match=r"is not the store that .*run was started on"):
+                use()
+    store()  # the same one again
+    train_here(path, resume=True)
 
 
 def test_class_conditional_and_labels_dropped(tmp_path):

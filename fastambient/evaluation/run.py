@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fastambient.console import progress
-from fastambient.data.store import Store
 from fastambient.errors import InputError
 from fastambient.evaluation.metrics import evaluate
 from fastambient.evaluation.report import RunReport, gallery, nearest_pairs, write_report
@@ -60,7 +59,7 @@ def evaluate_run(
     """
     run = RunFolder.existing(path)
     settings = run.read_settings()
-    store = Store.open(run.store_path, verify=False)
+    store = run.open_store(verify=False)
     if len(store.holdout) < 2:
         raise InputError(f"{run.store_path} holds no held-out images, without which copying cannot be told from chance")
     seeds = None

@@ -95,7 +95,7 @@ class Trainer:
     def __init__(self, run: RunFolder, world: World) -> None:
         self.run, self.world = run, world
         self.settings = settings = run.read_settings()
-        self.store = store = Store.open(run.store_path, verify=world.first)
+        self.store = store = run.open_store(verify=world.first)
         t = settings.training
         self.total_nimg = round(t.kimg * 1000)
         self.network = build_network(settings, store, world.device)

@@ -3,6 +3,7 @@
 config.yaml         the whole settings tree
 noise_seed          the secret of the noise contract, readable by its owner only; never exported
 store/              the prepared data set, where the run was started from a SOURCE
+store_sha256        of the manifest of the STORE that the run was started on, which lies elsewhere
 stats.jsonl         one object per optimizer step
 sigma_loss.jsonl    loss per noise level, one object per checkpoint
 checkpoints/        nimg-000000064000/ ...
@@ -23,8 +24,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from fastambient.data.store import Store
 from fastambient.errors import InputError
-from fastambient.files import write_bytes
+from fastambient.files import sha256_file, write_bytes
 from fastambient.training.config import Settings, check, read_yaml
 
 
@@ -43,6 +45,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.store = path / "store"
         self._noise_seed = path / "noise_seed"
+        self._store_sha256 = path / "store_sha256"
 
     @staticmethod
     def new_name(parent: Path = Path("runs")) -> Path:
@@ -67,6 +70,23 @@ class RunFolder:
     def store_path(self) -> Path:
         """The store this run trains on: its own, or the one that config.yaml names."""
         return self.store if self.store.is_dir() else Path(self.read_settings().data.source)
+
+    def pin_store(self, store: Store) -> None:
+        """Remember which store lies outside: another split or another noised copy must not take its place."""
+        write_bytes(self._store_sha256, f"{sha256_file(store.path / 'manifest.json')}\n".encode())
+
+    def open_store(self, *, verify: bool = True) -> Store:
+        """The store of this run. InputError where another one lies in its place by now: its noise would be a second
+        observation of every picture, and images that were held out would train."""
+        store = Store.open(self.store_path, verify=verify)
+        if self._store_sha256.is_file():
+            pinned = self._store_sha256.read_text(encoding="ascii", errors="replace").strip()
+            if pinned != sha256_file(store.path / "manifest.json"):
+                raise InputError(
+                    f"{store.path} is not the store that {self.path} was started on: it was prepared anew since;"
+                    " put that one back, or start another run"
+                )
+        return store
 
     def write_settings(self, settings: Settings) -> None:
         text = yaml.safe_dump(settings.tree(), sort_keys=False, default_flow_style=None)

@@ -144,6 +144,7 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
         d, n = plan.settings.data, plan.settings.noise
         if isinstance(plan.data, Store):
             store = plan.data
+            run.pin_store(store)
             seed = store.noise_seed if plan.noise_seed is None else plan.noise_seed
             source = str(store.path.resolve())
         else:
