@@ -109,5 +109,8 @@ def test_share_message_warns_at_both_ends_and_speaks_of_resolution():
     assert "few" in share_message(6, resolution=64)[1] and "P_mean" not in share_message(6, resolution=64)[1]
     assert "P_mean" in share_message(6, resolution=256)[1]
     assert "many" in share_message(0.03, resolution=64)[1]
-    assert "buffer" in share_message(1.5, resolution=64, weighting="unit")[0]
+    counted = ambient_share(1.5 * (4 / 3) ** 0.5) / ambient_share(1.5)
+    assert f"of which {1 - counted:.1%} lie" in share_message(1.5, resolution=64, weighting="unit")[0]
+    for none in (share_message(80, resolution=64, P_std=0.1, weighting="unit"), share_message(math.inf, resolution=64)):
+        assert "0.0%" in none[0] and "few" in none[1]
     assert default_sigma_tn(64) == 1.5 and default_sigma_tn(8) == 0.1875

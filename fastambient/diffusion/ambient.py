@@ -95,7 +95,7 @@ def share_message(
         return "sigma_tn 0: plain EDM, no ambient draws", None
     share = ambient_share(sigma_tn, P_mean=P_mean, P_std=P_std)
     message = f"sigma_tn {sigma_tn:g}: {share:.1%} of the draws are in the ambient regime"
-    if weighting == "unit":
+    if weighting == "unit" and share > 0:
         buffer = share - ambient_share(sigma_tn * math.sqrt(1 + 1 / (WEIGHTING_M - 1)), P_mean=P_mean, P_std=P_std)
         message += f", of which {buffer / share:.1%} lie in the unit weighting's buffer and count nothing"
     if _LOW_SHARE <= share <= _HIGH_SHARE:
