@@ -199,6 +199,13 @@ def test_stores_and_the_command_line(tmp_path):
         settings(noisy, sigma_tn=0.4)
     with pytest.raises(InputError, match="made with another seed"):
         settings(noisy, noise_seed=6)
+    leaking = ["training.augment=0.1", "training.augment_ambient=reference"]
+    plan(TrainRequest(data=str(plain.path), assignments=leaking))
+    with pytest.raises(InputError, match=r"augment_ambient reference .* use data\.noisy none"):
+        plan(TrainRequest(data=str(noisy.path), assignments=leaking))
+    with pytest.raises(InputError, match="from 0 on") as refused:
+        plan(TrainRequest(noise_seed=2**64 + 12345))
+    assert "12345" not in str(refused.value)
     with pytest.raises(InputError, match="holds 100; prepare another"):
         plan(TrainRequest(data=str(plain.path), assignments=["data.train=50"]))
     runs = [make_run(tmp_path / f"run-{s.path.name}", data=str(s.path), noise_seed=None) for s in (plain, noisy)]

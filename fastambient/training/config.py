@@ -284,6 +284,11 @@ def check(settings: Settings) -> None:
     finite("training.eps", t.eps, above=0)
     finite("training.weight_decay", t.weight_decay, least=0)
     need(0 <= t.augment <= 1, "training.augment", t.augment, "a probability in [0, 1]")
+    if t.augment > 0 and t.augment_ambient == "reference" and settings.data.noisy != "none" and n.mode == "fixed":
+        raise InputError(  # the copy was noised unaugmented, so that ambient draws would stay as they are
+            f"training.augment_ambient reference noises augmented images anew, data.noisy {settings.data.noisy} holds"
+            " noised ones; use data.noisy none"
+        )
     need(-(2**63) <= t.seed < 2**64, "training.seed", t.seed, "a 64-bit integer")
     need(t.ranks >= 1, "training.ranks", t.ranks, "1 or more")
     need(t.keep_checkpoints >= 1, "training.keep_checkpoints", t.keep_checkpoints, "1 or more")

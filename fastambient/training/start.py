@@ -21,7 +21,7 @@ from fastambient.diffusion.ambient import share_message
 from fastambient.errors import FastambientError, InputError
 from fastambient.files import new_folder, refuse_existing
 from fastambient.training import checkpoint
-from fastambient.training.config import Settings, check_sigma_tn, network_config, read_yaml, resolve
+from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
 from fastambient.training.distributed import (
     World,
     die_with_parent,
@@ -65,7 +65,7 @@ def plan(request: TrainRequest) -> Plan:
     InputError : anything wrong with the request
     """
     if request.noise_seed is not None and not 0 <= request.noise_seed < 2**64:
-        raise InputError(f"--noise-seed must be a 64-bit integer from 0 on, got {request.noise_seed}")
+        raise InputError("--noise-seed must be a 64-bit integer from 0 on")  # never print it
     options = {k: dict(v) for k, v in (request.options or {}).items()}
     tree = read_yaml(request.config) if request.config else {}
     if request.data is not None:
@@ -96,6 +96,7 @@ def plan(request: TrainRequest) -> Plan:
     )
     if isinstance(data, Store):
         settings = _agree_with_store(settings, data, asked_sigma_tn=early.noise.sigma_tn, noise_seed=request.noise_seed)
+        check(settings)
     if settings.data.use_labels and not data.num_classes:
         raise InputError(f"data.use_labels: {settings.data.source} has no class labels")
     t = settings.training
