@@ -13,6 +13,7 @@ from torch import nn
 from fastambient.diffusion.ambient import ambient_share, default_sigma_tn, share_message
 from fastambient.diffusion.edm import EDMDenoiser, draw_sigma
 from fastambient.diffusion.samplers import heun, sigma_steps
+from fastambient_kernels.noise import normal
 
 
 @pytest.mark.parametrize("steps", [18, 40])
@@ -59,6 +60,24 @@ def test_churn_keeps_the_marginal_and_uses_the_given_noise():
     assert not torch.allclose(out, heun(denoiser, latents, 100), atol=0.1)
 
 
+def test_churn_is_algorithm_2():
+    """More noise than steps: gamma is capped at sqrt(2) - 1; S_noise scales what is added."""
+    g = torch.Generator().manual_seed(1)
+    latents, noise = torch.randn(3, 4, generator=g, dtype=torch.float64), torch.randn(8, 3, 4, generator=g).double()
+    denoiser = lambda x, s: 0.3 * torch.sin(x) + 0.1  # noqa: E731
+    out = heun(denoiser, latents, 8, S_churn=20, S_min=0.05, S_max=50, S_noise=1.01, randn=lambda i: noise[i])
+    t = [(80 ** (1 / 7) + i / 7 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(8)] + [0.0]
+    x = 80 * latents
+    for i in range(8):
+        gamma = math.sqrt(2) - 1 if 0.05 <= t[i] <= 50 else 0.0
+        hat = t[i] * (1 + gamma)
+        x = x + math.sqrt(hat**2 - t[i] ** 2) * 1.01 * noise[i]
+        d = (x - denoiser(x, hat)) / hat
+        euler = x + (t[i + 1] - hat) * d
+        x = x + (t[i + 1] - hat) * (d + (euler - denoiser(euler, t[i + 1])) / t[i + 1]) / 2 if t[i + 1] else euler
+    torch.testing.assert_close(out, x, rtol=1e-10, atol=1e-10)
+
+
 class _Known(nn.Module):
     def __init__(self):
         super().__init__()
@@ -89,6 +108,7 @@ def test_sigma_is_lognormal_and_a_function_of_position():
     sigma = draw_sigma(positions, seed=5, P_mean=-0.6, P_std=1.1)
     assert torch.equal(sigma[100:200], draw_sigma(positions[100:200], seed=5, P_mean=-0.6, P_std=1.1))
     logs = sigma.log()
+    torch.testing.assert_close(logs, -0.6 + 1.1 * normal(positions, 1, seed=5, stream=2)[:, 0])  # the contract's stream
     assert logs.mean() == pytest.approx(-0.6, abs=0.025) and logs.std() == pytest.approx(1.1, abs=0.02)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -37,6 +39,30 @@ def test_normals_known_answers():
     u = (words[0] >> 8) * 2.0**-24
     z = torch.sqrt(-2 * torch.log(u[0])) * torch.cos(2 * torch.pi * u[1])
     assert z.item() == pytest.approx(-0.5514680, abs=3e-7)
+
+
+def test_streams_are_the_contracts():
+    names = ("FIXED", "FRESH", "SIGMA", "AUGMENT", "DROPOUT", "LATENT")
+    assert [Stream[name] for name in names] == list(range(6))
+
+
+def box_muller(words):
+    """Normals of four words, in Python's own float64."""
+    u = [(w >> 8) * 2.0**-24 for w in words]
+    radii = [math.sqrt(-2 * math.log(max(u[a], 1e-7))) for a in (0, 2)]
+    return [r * f(2 * math.pi * u[b]) for r, b in zip(radii, (1, 3), strict=True) for f in (math.cos, math.sin)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("id", [0, -1, 2**63 - 1, -(2**63), 1224113, 5680941])
+def test_normals_are_box_mullers_to_the_last_digits(id, dtype):
+    """Ids at both ends of int64, and two with a uniform of 0: there the logarithm is that of 1e-7."""
+    words = random_words(torch.tensor([id]), 4, seed=0, stream=0)[0].tolist()
+    if id in (1224113, 5680941):
+        assert 0 in (words[0] >> 8, words[2] >> 8)
+    z = normal(torch.tensor([id]), 4, seed=0, stream=0, dtype=dtype)[0]
+    expected = torch.tensor(box_muller(words), dtype=torch.float64)
+    assert (z.double() - expected).abs().max() < (1e-14 if dtype == torch.float64 else 1e-6)
 
 
 def test_draws_depend_on_nothing_but_their_names():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fastambient import models
 from fastambient.errors import InputError
 from fastambient.sampling import draw_classes, export, latents, load, parse_seeds, sample, write_samples
+from fastambient_kernels.noise import normal
 
 CONFIG = {
     "model_type": "SongUNet", "img_resolution": 8, "img_channels": 1, "label_dim": 0, "augment_dim": 0,
@@ -42,6 +43,7 @@ def test_latents_are_pure_and_unit_variance():
     z = latents(range(500), (1, 8, 8))
     assert torch.equal(latents([499, 3], (1, 8, 8)), z[[499, 3]])
     assert z.mean() == pytest.approx(0, abs=0.03) and z.std() == pytest.approx(1, abs=0.02)
+    assert torch.equal(z[7].flatten(), normal(torch.tensor([7]), 64, seed=0, stream=5)[0]), "the contract's stream"
     classes = draw_classes(range(1000), 10)
     assert torch.equal(classes[5:7], draw_classes([5, 6], 10))
     assert torch.bincount(classes, minlength=10).min() > 60
