@@ -125,6 +125,10 @@ def test_flips_reach_both_searches():
         (lambda s, t, h: ((s, t, h[:, :, :4]), {}), "held-out images of"),
         (lambda s, t, h: ((s.astype(float), t, h), {}), "samples is float64"),
         (lambda s, t, h: ((s, t, np.concatenate([h, t[:3]])), {}), "3 held-out images are training images"),
+        (
+            lambda s, t, h: ((s, t, np.concatenate([h, t[:3, ..., ::-1]])), {"flips": True}),
+            "3 held-out images are .* mirror",
+        ),
         (lambda s, t, h: ((s, t, h), {"threshold": 0.0}), "threshold"),
         (lambda s, t, h: ((s, t, h), {"threshold": float("nan")}), "threshold"),
         (lambda s, t, h: ((s, t, h), {"bootstrap": 0}), "bootstrap"),

@@ -57,7 +57,8 @@ def evaluate(
     Raises
     ------
     InputError
-        Too few pictures, different sizes, a bad threshold or count, or a held-out image that is a training image.
+        Too few pictures, different sizes, a bad threshold or count, or a held-out image that is a training image
+        (with `flips`: or the mirror image of one, which trained, too).
     """
     samples, train, holdout = (
         as_pictures(samples, "samples"),
@@ -76,10 +77,12 @@ def evaluate(
                 f"{name} of {list(images.shape[1:])}, expected the training images' {list(train.shape[1:])} (C, H, W);"
                 " evaluate with the data the model was trained on"
             )
-    shared = len(set(fingerprints(train)) & set(fingerprints(holdout)))
+    shared = len(set(fingerprints(train, flips=flips)) & set(fingerprints(holdout, flips=flips)))
     if shared:
+        mirrored, remedy = (" or their mirror images", "leave mirrored copies out") if flips else ("", "split again")
         raise InputError(
-            f"{shared} held-out images are training images, expected none: a control must not have trained; split again"
+            f"{shared} held-out images are training images{mirrored}, expected none: a control must not have trained;"
+            f" {remedy}"
         )
 
     train_distinct, holdout_distinct = distinct(train, flips=flips), distinct(holdout, flips=flips)
