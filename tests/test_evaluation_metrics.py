@@ -113,6 +113,17 @@ def test_flips_reach_both_searches():
     mirrored = np.ascontiguousarray(samples[..., ::-1])
     assert evaluate(mirrored, train, holdout, settings={})[0]["memorization"]["gap_ratio"]["rate"] == 0.0
     assert evaluate(mirrored, train, holdout, flips=True, settings={})[0]["memorization"]["gap_ratio"]["rate"] == 0.30
+    # the control searches mirror images just the same: all 50 of these are held out
+    control = evaluate(mirrored, holdout, train, flips=True, settings={})[0]["memorization"]["gap_ratio"]
+    assert control["rate"] == 0.0 and control["holdout_rate"] == 0.30
+
+
+def test_the_training_side_is_also_searched_at_the_controls_count():
+    """20 of 50 training images: copies of the other 30 are not found there."""
+    samples, train, holdout = _planted()
+    memorization = evaluate(samples, train, holdout[:20], settings={})[0]["memorization"]
+    assert memorization["control"]["images"] == 20 and memorization["gap_ratio"]["rate"] == 0.30
+    assert 0.03 <= memorization["control"]["train_rate"] <= 0.20
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from conftest import make_run
 from torch import nn
 
+from fastambient.diffusion.ambient import two_regime_loss
 from fastambient.errors import InputError
 from fastambient.training.config import TrainingSettings
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
 from fastambient.training.optimizer import build_optimizer, ema_beta, ema_weights, learning_rate, load_ema_weights
 from fastambient.training.run import RunFolder
+from fastambient_kernels.noise import normal
 
 
 def test_ema_has_its_half_life():
@@ -124,6 +127,70 @@ def test_augmentation_leaves_the_ambient_regime_alone(tmp_path):
     leaking = Trainer(RunFolder(make_run(tmp_path / "b", *common, "training.augment_ambient=reference")), World())
     images, flips, _ = leaking.step._augmented(batch, sigma)
     assert not flips.any() and (images != x0).flatten(1).any(1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("noisy", ["none", "float32"])
+@pytest.mark.parametrize("weighting", ["paper", "unit"])
+def test_a_step_is_algorithm_1(tmp_path, noisy, weighting):
+    """Sigma, network input, loss and dropout key from the contract's streams, not from the operators."""
+    numbers = ("sigma_tn=0.2", "sigma_data=0.6", "P_mean=-0.9", "P_std=1.3", f"weighting={weighting}")
+    common = (*(f"noise.{n}" for n in numbers), "training.seed=3", "training.batch=64", "data.xflip=true")
+    run = RunFolder(make_run(tmp_path / "run", *common, f"data.noisy={noisy}", noise_seed=77))
+    step, positions = Trainer(run, World()).step, torch.arange(640, 704)
+    F = normal(positions, 64, seed=1, stream=9).view(64, 1, 8, 8)
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x, c_noise, *args, dropout_key):
+            seen.append((x, c_noise, dropout_key))
+            return F
+
+    step.parallel = Spy()
+    sigma, loss = step.forward(positions)
+    batch = step.loader.batch(positions)
+    torch.testing.assert_close(sigma.log(), -0.9 + 1.3 * normal(positions, 1, seed=3, stream=2)[:, 0])
+    x0 = batch.images / 127.5 - 1
+    x_n = x0 + 0.2 * normal(batch.ids, 64, seed=77, stream=0).view_as(x0)
+    eps = normal(positions, 64, seed=3, stream=1).view_as(x0)
+    assert 16 < batch.flips.sum() < 48
+    x0, x_n, eps = (torch.where(batch.flips.view(-1, 1, 1, 1), v.flip(3), v) for v in (x0, x_n, eps))
+    settings = {"sigma_tn": 0.2, "sigma_data": 0.6, "weighting": weighting}
+    expected = two_regime_loss(F, x0, x_n, eps, sigma, **settings).flatten(1).sum(1)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
+    s = sigma.view(-1, 1, 1, 1)
+    x = torch.where(s >= 0.2, x_n + (s**2 - 0.2**2).clamp(min=0).sqrt() * eps, x0 + s * eps)
+    net_input, c_noise, (seed, where) = seen[0]
+    torch.testing.assert_close(net_input, x / (s**2 + 0.6**2).sqrt(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(c_noise, sigma.log() / 4)
+    assert seed == 3 and torch.equal(where, positions)
+
+
+@pytest.mark.parametrize("augment", [0.0, 0.5])
+def test_the_clean_image_of_an_ambient_draw_reaches_nothing(tmp_path, augment):
+    """Next to the noised copy the picture itself may be any other: inputs and losses stay bit for bit."""
+    common = (f"training.augment={augment}", "data.xflip=true", "data.noisy=float32", "noise.sigma_tn=0.2")
+    trainer = Trainer(RunFolder(make_run(tmp_path / "run", *common, "training.batch=64")), World())
+    original, positions, seen = trainer.step.loader.batch, torch.arange(64), []
+
+    class Spy(nn.Module):
+        def forward(self, x, *args, **kwargs):
+            seen.append(x)
+            return torch.ones_like(x)
+
+    trainer.step.parallel = Spy()
+    sigma, loss = trainer.step.forward(positions)
+    ambient = sigma >= 0.2
+
+    def another(positions):
+        batch = original(positions)
+        return dataclasses.replace(
+            batch, images=torch.where(ambient.view(-1, 1, 1, 1), 255 - batch.images, batch.images)
+        )
+
+    trainer.step.loader.batch = another
+    _, loss_of_others = trainer.step.forward(positions)
+    assert 16 < ambient.sum() < 56
+    assert torch.equal(seen[0], seen[1]) and torch.equal(loss, loss_of_others)
 
 
 def test_fresh_noise_is_new_at_every_draw_and_fixed_is_not(tmp_path):
