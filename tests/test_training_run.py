@@ -243,6 +243,17 @@ def test_class_conditional_and_labels_dropped(tmp_path):
     assert load(path).label_dim == 10
 
 
+def test_the_evaluation_is_the_one_that_the_settings_ask_for(tmp_path):
+    """A run with x-flips trained on mirror images: they are searched without being asked for."""
+    evaluation = ("threshold=0.5", "bootstrap=50", "seed=4", "num=3")
+    path = make_run(tmp_path / "run", "data.xflip=true", *(f"evaluation.{e}" for e in evaluation))
+    train_here(path)
+    metrics = evaluate_run(path).metrics
+    assert metrics["settings"]["protocol"] == {"space": "pixels in [-1, 1]", "flips": True, "bootstrap": 50, "seed": 4}
+    assert metrics["memorization"]["gap_ratio"]["threshold"] == 0.5
+    assert metrics["counts"]["samples"] == 3 and metrics["settings"]["sample_seeds"] == "0-2"
+
+
 def test_dry_run_says_what_it_would_cost(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = describe(TrainRequest(data="digits", assignments=["training.kimg=1"]))
