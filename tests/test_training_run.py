@@ -21,6 +21,7 @@ from fastambient.errors import FastambientError, InputError
 from fastambient.evaluation.run import evaluate_run
 from fastambient.sampling import load
 from fastambient.training import checkpoint, loop
+from fastambient.training.distributed import World
 from fastambient.training.loop import Interrupted, crosses
 from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, create_run, describe, new, plan, start
@@ -82,6 +83,17 @@ def test_the_noise_seed_stays_secret(tmp_path):
             assert not any(form in data for form in forms), f"{file} holds the noise seed"
     with safe_open(path / "model.safetensors", "pt") as weights:
         assert str(tmp_path) not in json.dumps(weights.metadata()), "exported weights must not hold paths"
+
+
+def test_nothing_but_the_seeds_own_files_depends_on_it(tmp_path):
+    """Not even a hash: before the first step two runs that differ in the noise seed alone hold the same bytes."""
+    first, second = (make_run(tmp_path / str(seed) / "run", noise_seed=seed) for seed in (2**63 + 11, 2**63 + 12))
+    names = [{f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file()} for path in (first, second)]
+    assert names[0] == names[1]
+    differing = {name for name in names[0] if (first / name).read_bytes() != (second / name).read_bytes()}
+    assert differing == {"noise_seed", "store/noise_seed"}
+    exported = [loop.Trainer(RunFolder(path), World()).metadata() for path in (first, second)]
+    assert exported[0] == exported[1]
 
 
 def test_resume_from_every_checkpoint_is_bit_for_bit(tmp_path):
