@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastambient.data.augment import LABEL_DIM, _inverse_matrix, _warp, augment
+from fastambient_kernels.noise import normal, uniform
 
 
 def smooth_images(n: int, size: int = 32) -> torch.Tensor:
@@ -73,6 +74,22 @@ def test_no_global_state():
     state = torch.get_rng_state()
     run(torch.zeros(4, 1, 8, 8))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_draws_are_the_documented_elements():
+    """Elements 4-7 are normals, 8-16 uniforms; 0 is the loader's flip, which nothing here may share."""
+    positions = torch.arange(200)
+    _, labels = run(torch.zeros(200, 1, 4, 4), positions)
+    z = normal(positions, 8, seed=5, stream=3)
+    u = uniform(positions, 17, seed=5, stream=3)
+    theta, phi = (2 * u[:, 14] - 1) * torch.pi, (2 * u[:, 15] - 1) * torch.pi * (u[:, 16] < 0.5)
+    expected = [
+        torch.zeros(200), (u[:, 13] < 0.5).float(), z[:, 4], theta.cos() - 1, theta.sin(), z[:, 5] * phi.cos(),
+        z[:, 5] * phi.sin(), z[:, 6], z[:, 7],
+    ]  # fmt: skip
+    torch.testing.assert_close(labels, torch.stack(expected, dim=1))
+    _, half = run(torch.zeros(200, 1, 4, 4), positions, p=0.5)
+    assert torch.equal(half[:, 2] != 0, u[:, 9] < 0.5), "scale is enabled by element 9"
 
 
 def test_label_statistics():

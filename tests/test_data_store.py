@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import stat
@@ -108,6 +109,25 @@ def test_noise_seed_is_kept_apart(tmp_path, source):
     file.write_text("7\n")
     with pytest.raises(InputError, match="16 hex digits"):
         _ = Store.open(store.path).noise_seed
+
+
+def test_the_noise_seed_is_its_owners_from_the_first_byte(tmp_path, source, monkeypatch):
+    """Rights that are taken away after the file was opened come too late for who opened it, too."""
+    original, modes = os.open, {}
+
+    def opened(path, flags, *arguments, **keywords):
+        fd = original(path, flags, *arguments, **keywords)
+        modes[Path(path).name] = stat.S_IMODE(os.fstat(fd).st_mode)
+        return fd
+
+    monkeypatch.setattr(os, "open", opened)
+    before = os.umask(0)
+    try:
+        prepare(source, tmp_path / "store")
+    finally:
+        os.umask(before)
+    written = [mode for name, mode in modes.items() if name.lstrip(".").startswith("noise_seed")]
+    assert written and set(written) == {0o600}
 
 
 def test_noise_seeds(tmp_path, source):

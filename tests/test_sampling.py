@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastambient import models
+from fastambient.diffusion.samplers import heun
 from fastambient.errors import InputError
+from fastambient.pictures import to_uint8
 from fastambient.sampling import draw_classes, export, latents, load, parse_seeds, sample, write_samples
 from fastambient_kernels.noise import normal
 
@@ -58,6 +60,38 @@ def test_a_seed_gives_the_same_picture_in_any_batch(tmp_path):
     # another batch may round a value to the neighbouring level
     assert (parts.int() - whole[[9, 2, 4]].int()).abs().max() <= 1
     assert len({p.numpy().tobytes() for p in whole}) == 10
+
+
+def test_the_sampler_takes_what_the_file_says(tmp_path):
+    """Every parameter, and churn from streams of its own: seeds 0 and 1 of stream 5 are latents and classes."""
+    denoiser = load(weights(tmp_path / "model.safetensors"))
+    told = {
+        "sigma_min": 0.01,
+        "sigma_max": 20.0,
+        "rho": 5.0,
+        "S_churn": 3.0,
+        "S_min": 0.05,
+        "S_max": 10.0,
+        "S_noise": 1.1,
+    }
+    denoiser.metadata["sampling"] = {"steps": 6, "batch": 1} | told
+
+    def churn(i):
+        return normal(torch.tensor([3, 9]), 64, seed=i + 2, stream=5).view(2, 1, 8, 8)
+
+    expected = to_uint8(heun(denoiser, latents([3, 9], (1, 8, 8)), 6, **told, randn=churn))
+    assert (sample(denoiser, [3, 9]).int() - expected.int()).abs().max() <= 1
+    for name, other in {
+        "sigma_min": 0.2,
+        "sigma_max": 30.0,
+        "rho": 7.0,
+        "S_churn": 0.0,
+        "S_min": 5.0,
+        "S_max": 1.0,
+        "S_noise": 1.0,
+    }.items():
+        changed = to_uint8(heun(denoiser, latents([3, 9], (1, 8, 8)), 6, **(told | {name: other}), randn=churn))
+        assert (changed.int() - expected.int()).abs().max() > 1, f"{name} shows in no picture"
 
 
 def test_classes(tmp_path):

@@ -9,9 +9,11 @@ import signal
 import stat
 import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_run, read_stats, train_here
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,7 +21,8 @@ from fastambient.data.sources import open_source
 from fastambient.data.store import prepare
 from fastambient.errors import FastambientError, InputError
 from fastambient.evaluation.run import evaluate_run
-from fastambient.sampling import load
+from fastambient.pictures import grid
+from fastambient.sampling import load, sample
 from fastambient.training import checkpoint, loop
 from fastambient.training.distributed import World
 from fastambient.training.loop import Interrupted, crosses
@@ -63,6 +66,8 @@ def test_a_run_holds_what_it_should(tmp_path):
     assert (path / "samples" / "grid-000000000160.png").stat().st_size > 1000
     assert list((path / "tensorboard").iterdir())
     denoiser = load(path)
+    shown = np.asarray(Image.open(path / "samples" / "grid-000000000160.png"))
+    assert np.array_equal(shown, grid(sample(denoiser, range(64)))[0]), "the grid shows the EMA weights"
     last = load(path / "checkpoints" / "nimg-000000000160").state_dict()
     assert all(torch.equal(v, last[k]) for k, v in denoiser.state_dict().items())
     assert denoiser.metadata["nimg"] == 160 and denoiser.metadata["noise"]["sigma_tn"] == 0.2
