@@ -129,11 +129,11 @@ def test_augmentation_leaves_the_ambient_regime_alone(tmp_path):
     assert not flips.any() and (images != x0).flatten(1).any(1).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("noisy", ["none", "float32"])
 @pytest.mark.parametrize("weighting", ["paper", "unit"])
-def test_a_step_is_algorithm_1(tmp_path, noisy, weighting):
+@pytest.mark.parametrize(("noisy", "mode"), [("none", "fixed"), ("float32", "fixed"), ("float32", "fresh")])
+def test_a_step_is_algorithm_1(tmp_path, noisy, mode, weighting):
     """Sigma, network input, loss and dropout key from the contract's streams, not from the operators."""
-    numbers = ("sigma_tn=0.2", "sigma_data=0.6", "P_mean=-0.9", "P_std=1.3", f"weighting={weighting}")
+    numbers = ("sigma_tn=0.2", "sigma_data=0.6", "P_mean=-0.9", "P_std=1.3", f"weighting={weighting}", f"mode={mode}")
     common = (*(f"noise.{n}" for n in numbers), "training.seed=3", "training.batch=64", "data.xflip=true")
     run = RunFolder(make_run(tmp_path / "run", *common, f"data.noisy={noisy}", noise_seed=77))
     step, positions = Trainer(run, World()).step, torch.arange(640, 704)
@@ -150,7 +150,8 @@ def test_a_step_is_algorithm_1(tmp_path, noisy, weighting):
     batch = step.loader.batch(positions)
     torch.testing.assert_close(sigma.log(), -0.9 + 1.3 * normal(positions, 1, seed=3, stream=2)[:, 0])
     x0 = batch.images / 127.5 - 1
-    x_n = x0 + 0.2 * normal(batch.ids, 64, seed=77, stream=0).view_as(x0)
+    names, seed = (batch.ids, 77) if mode == "fixed" else (positions, 3)
+    x_n = x0 + 0.2 * normal(names, 64, seed=seed, stream=0).view_as(x0)
     eps = normal(positions, 64, seed=3, stream=1).view_as(x0)
     assert 16 < batch.flips.sum() < 48
     x0, x_n, eps = (torch.where(batch.flips.view(-1, 1, 1, 1), v.flip(3), v) for v in (x0, x_n, eps))
