@@ -95,6 +95,23 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path, dropout):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item() + 1e-12)
 
 
+def test_the_average_follows_the_images_seen(tmp_path):
+    """Half-life min(40, half of the images seen at the end of the step), written out over twenty steps of 8 images."""
+    settings = ("training.ema_halflife_kimg=0.04", "training.ema_rampup_ratio=0.5", "training.lr_rampup_kimg=0.02")
+    trainer = Trainer(RunFolder(make_run(tmp_path / "run", *settings)), World())
+    weight = next(p for p in trainer.network.parameters() if p.dim() == 4)
+    name = next(n for n, p in trainer.network.named_parameters() if p is weight)
+    average = weight.detach().double()
+    start = average.clone()
+    for nimg in range(0, 160, 8):
+        result = trainer.step(nimg)
+        assert result.lr == pytest.approx(1e-3 * min(nimg / 20, 1))
+        beta = 0.5 ** (8 / min(40, 0.5 * (nimg + 8)))
+        average = beta * average + (1 - beta) * weight.detach().double()
+    torch.testing.assert_close(trainer.ema.state()[name].double(), average, rtol=1e-5, atol=1e-6)
+    assert (average - start).abs().max() > 1e-3
+
+
 def test_batches_must_divide(tmp_path):
     with pytest.raises(InputError, match=r"batch_gpu 3 does not divide"):
         make_run(tmp_path / "r", "training.batch_gpu=3")
