@@ -227,6 +227,9 @@ def test_stores_and_the_command_line(tmp_path):
         plan(TrainRequest(data=str(plain.path), assignments=["data.train=50"]))
     runs = [make_run(tmp_path / f"run-{s.path.name}", data=str(s.path), noise_seed=None) for s in (plain, noisy)]
     assert [RunFolder(r).read_noise_seed() for r in runs] == [5, 5]
+    other = RunFolder(make_run(tmp_path / "other", "noise.sigma_data=0.5", data=str(plain.path), noise_seed=9))
+    assert other.read_noise_seed() == 9 and other.read_settings().noise.sigma_data == 0.5, "the command line wins"
+    assert RunFolder(runs[0]).read_settings().noise.sigma_data == plain.sigma_data
     assert not (runs[0] / "store").exists(), "a store is used where it lies"
     losses = []
     for run in runs:
