@@ -161,6 +161,9 @@ def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
     code, _, _ = run("evaluate", "run", "--samples", "samples", "--out", "other.json", capsys=capsys)
     assert code == 0 and json.loads((tmp_path / "other.json").read_text())["counts"]["samples"] == 5
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics, "--out leaves metrics.json alone"
+    for wrong in (["--out", "samples"], ["--out", "none/m.json"], ["--samples", "samples", "--num", -2]):
+        code, _, err = run("evaluate", "run", *wrong, capsys=capsys)
+        assert code == 2 and err.startswith(f"error: {wrong[-2]} ") and err.count("\n") == 1, "found before sampling"
     # a second run with a config.yaml of the first has the same losses
     code, _, _ = run("train", "--config", "run/config.yaml", "--out", "again", capsys=capsys)
     assert code == 0 and read_stats(tmp_path / "again") == read_stats(tmp_path / "run")

@@ -62,6 +62,12 @@ def evaluate_run(
     store = run.open_store(verify=False)
     if len(store.holdout) < 2:
         raise InputError(f"{run.store_path} holds no held-out images, without which copying cannot be told from chance")
+    target = out or run.metrics
+    if target.is_dir() or not target.parent.is_dir():  # found now, not after the sampling
+        what = "is a folder" if target.is_dir() else f"cannot be made: there is no folder {target.parent}"
+        raise InputError(f"--out {target} {what}; name a file in a folder that exists")
+    if num is not None and num < 2:
+        raise InputError(f"--num must be 2 or more, got {num}")
     seeds = None
     if samples is not None:
         pictures = load_pictures(samples)
@@ -71,8 +77,6 @@ def evaluate_run(
             pictures = pictures[:num]
     else:
         count = settings.evaluation.num if num is None else num
-        if count < 2:
-            raise InputError(f"--num must be 2 or more, got {count}")
         denoiser = load(run.weights if run.weights.is_file() else path, device=device)
         with progress("sampling", count) as advance:
             pictures = sample(denoiser, range(count), on_batch=advance).numpy()
@@ -92,7 +96,7 @@ def evaluate_run(
             "sampling": settings.tree()["sampling"],
         },
     )  # fmt: skip
-    write_json(out or run.metrics, metrics)
+    write_json(target, metrics)
     overview = grid(pictures[:_GRID])
     save_png(path / "evaluation.png", overview)
     save_png(path / "nearest.png", gallery(pictures, neighbours, train, _PAIRS))
