@@ -202,7 +202,7 @@ def train(
     if resume is not None:
         given = {"--data": data, "--out": out, "--preset": preset, "--config": config, "--sigma-tn": sigma_tn, "--kimg": kimg, "--batch": batch, "--seed": seed,
                  "--noise-seed": noise_seed, "--precision": precision, "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--weighting": weighting,
-                 "--noise": noise, "--augment-ambient": augment_ambient}  # fmt: skip
+                 "--noise": noise, "--augment-ambient": augment_ambient, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
         for name, value in given.items():
             if value is not None and value != []:
                 raise InputError(f"--resume takes everything from the run; leave out {name}")

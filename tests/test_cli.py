@@ -81,6 +81,8 @@ BAD = [
     (["train", "--config", "none.yaml"], "cannot read the settings file none.yaml"),
     (["train", "--resume", "nothing"], "there is no run folder nothing"),
     (["train", "--resume", "taken", "--kimg", "3"], "leave out --kimg"),
+    (["train", "--resume", "taken", "--dry-run"], "leave out --dry-run"),
+    (["train", "--resume", "taken", "--force"], "leave out --force"),
     (["train", "--out", "taken", "--force"], "holds no config.yaml, so it is not replaced"),
     (["train", "--out", "deep/er/run", "--set", "data.train=9999"], "1,797"),
     (["train", "--out", "taken"], "the folder taken exists and is not empty"),
