@@ -140,6 +140,19 @@ def test_a_signal_writes_a_checkpoint_and_the_rest_is_bit_for_bit(tmp_path, sign
     assert_same(contents(whole), contents(path))
 
 
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_signal_before_the_loop_says_how_to_resume(tmp_path, raised, code, monkeypatch):
+    path = make_run(tmp_path / "run")
+
+    def build(*arguments):
+        raise raised
+
+    monkeypatch.setattr(loop, "build_network", build)
+    with pytest.raises(Interrupted, match=f"fastambient train --resume {path}") as stopped:
+        start(path)
+    assert stopped.value.exit_code == code
+
+
 def test_a_corrupt_checkpoint_costs_only_time(tmp_path, capsys):
     path = make_run(tmp_path / "run")
     train_here(path)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def start(path: Path, *, resume: bool = False, ranks: int | None = None, device:
     SystemExit : a rank failed and has said why
     """
     run = RunFolder.existing(path)
-    with run.lock():
+    with _says_how_to_resume(path), run.lock():
         settings = run.read_settings()
         t = settings.training
         ranks, device = ranks or t.ranks, device or t.device
@@ -190,6 +191,19 @@ def start(path: Path, *, resume: bool = False, ranks: int | None = None, device:
         raise Interrupted(code - 128, f"resume with: fastambient train --resume {path}")
     if code:
         raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _says_how_to_resume(path: Path) -> Iterator[None]:
+    """A signal before the loop listens, while the store is checked or the network is built, ends as one in the loop."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        signum = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
+        if isinstance(stopped, SystemExit) and stopped.code != 128 + signum:
+            raise
+        message = f"stopped by {signum.name}; resume with: fastambient train --resume {path}"
+        raise Interrupted(signum, message) from None
 
 
 def _finished(run: RunFolder, settings: Settings) -> bool:
