@@ -193,6 +193,17 @@ def test_one_writer(tmp_path):
     assert (path / "config.yaml").read_text() == before, "--force replaced a run that was being trained"
 
 
+def test_a_resume_drops_what_a_killed_writer_left(tmp_path):
+    path = make_run(tmp_path / "run")
+    left = path / "checkpoints" / ".nimg-000000000080.0123abcd.tmp"
+    left.mkdir(parents=True)
+    (left / "state.safetensors").write_bytes(b"half")
+    (path / ".model.safetensors.0123abcd.tmp").write_bytes(b"half")
+    (path / ".mine.tmp").write_text("kept")
+    start(path, resume=True)
+    assert [p.name for p in path.rglob("*.tmp")] == [".mine.tmp"]
+
+
 def test_nothing_is_left_of_a_run_that_could_not_start(tmp_path):
     bad = [
         {"assignments": ["data.train=99999"]},

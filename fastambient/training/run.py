@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from fastambient.data.store import Store
 from fastambient.errors import InputError
-from fastambient.files import sha256_file, write_bytes
+from fastambient.files import remove_leftovers, sha256_file, write_bytes
 from fastambient.training.config import Settings, check, read_yaml
 
 
@@ -120,13 +120,16 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for writing. The lock vanishes with the process, however it ends."""
+        """Hold the run for writing, and drop what a killed writer left half-written. The lock vanishes with the
+        process, however it ends."""
         lock = FileLock(str(self.path / ".lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise InputError(f"another process is training in {self.path}; wait for it or stop it") from None
         try:
+            for folder in (self.path, self.checkpoints):
+                remove_leftovers(folder)
             yield
         finally:
             lock.release()
