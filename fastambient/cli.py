@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from enum import Enum
@@ -325,10 +326,15 @@ def main(arguments: list[str] | None = None) -> None:
         _complain(f"{error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}")
         code = 1
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):
+            _complain(error.format_message())  # the parser's own: unknown option, missing argument, bad number
+            code = 2
+        elif "FASTAMBIENT_TRACEBACK" in os.environ:
             raise
-        _complain(error.format_message())  # the parser's own: unknown option, missing argument, bad number
-        code = 2
+        else:
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            _complain(f"unexpected {what}; please report it, with what FASTAMBIENT_TRACEBACK=1 shows")
+            code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 

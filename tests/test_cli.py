@@ -16,6 +16,7 @@ from conftest import TINY, cli, read_stats
 from PIL import Image
 
 from fastambient import cli as command_line
+from fastambient.training.distributed import World
 
 SMALL = [item for a in (*TINY, "training.batch=8", "training.sample_kimg=0") for item in ("--set", a)]
 
@@ -128,6 +129,28 @@ def test_long_errors_are_not_wrapped_outside_a_terminal(tmp_path):
     name = "x" * 300
     done = cli("train", "--data", name, check=2, env={"COLUMNS": "40"})
     assert done.stderr.count("\n") == 1 and name in done.stderr and done.stderr.startswith("error: ")
+
+
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("fastambient.system.information", broken)
+    code, out, err = run("info", capsys=capsys)
+    assert code == 1 and out == "" and err.startswith("error: unexpected RuntimeError: two lines; please report it")
+    monkeypatch.setenv("FASTAMBIENT_TRACEBACK", "1")
+    with pytest.raises(RuntimeError):
+        command_line.main(["info"])
+
+
+def test_a_launchers_ranks_are_the_runs(tmp_path, monkeypatch, capsys):
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 3), ("LOCAL_RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("fastambient.training.start.join_world", lambda device: World(0, 1))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("train", "--gpus", 0, "--out", "run", "--batch", 8, capsys=capsys)
+    assert code == 2 and "--batch 8 does not divide among 3 ranks" in err
+    assert not list(tmp_path.iterdir()), "a folder was made for a run that cannot start"
 
 
 def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,10 @@ def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None
         refuse_existing(out, force=force, marker="config.yaml")  # before the data is opened
         start(create_run(plan(request), out, force=force))
         return
+    # The launcher's ranks are the run's: a batch must divide among them before a folder is made.
+    options = {k: dict(v) for k, v in (request.options or {}).items()}
+    options.setdefault("training", {})["ranks"] = int(os.environ["WORLD_SIZE"])
+    request = replace(request, options=options)
     _under_torchrun(lambda: create_run(plan(request), out, force=force), resume=False)
 
 
