@@ -15,7 +15,7 @@ from fastambient.diffusion.samplers import heun
 from fastambient.errors import InputError
 from fastambient.pictures import to_uint8
 from fastambient.sampling import draw_classes, export, latents, load, parse_seeds, sample, write_samples
-from fastambient_kernels.noise import normal
+from fastambient_kernels.noise import normal, random_words
 
 CONFIG = {
     "model_type": "SongUNet", "img_resolution": 8, "img_channels": 1, "label_dim": 0, "augment_dim": 0,
@@ -48,6 +48,8 @@ def test_latents_are_pure_and_unit_variance():
     assert torch.equal(z[7].flatten(), normal(torch.tensor([7]), 64, seed=0, stream=5)[0]), "the contract's stream"
     classes = draw_classes(range(1000), 10)
     assert torch.equal(classes[5:7], draw_classes([5, 6], 10))
+    words = random_words(torch.arange(1000), 1, seed=1, stream=5)[:, 0]  # seed 0 would tie the class to the latent
+    assert torch.equal(classes, words * 10 >> 32)
     assert torch.bincount(classes, minlength=10).min() > 60
 
 

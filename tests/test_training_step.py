@@ -106,6 +106,10 @@ def test_the_average_follows_the_images_seen(tmp_path):
     for nimg in range(0, 160, 8):
         result = trainer.step(nimg)
         assert result.lr == pytest.approx(1e-3 * min(nimg / 20, 1))
+        if nimg == 0:
+            assert torch.equal(weight.detach().double(), start), (
+                "the ramp begins at 0: the optimizer must have been told"
+            )
         beta = 0.5 ** (8 / min(40, 0.5 * (nimg + 8)))
         average = beta * average + (1 - beta) * weight.detach().double()
     torch.testing.assert_close(ema_weights(trainer.optimizer, trainer.names)[name].double(), average, rtol=1e-5, atol=1e-6)
