@@ -112,7 +112,9 @@ def test_the_average_follows_the_images_seen(tmp_path):
             )
         beta = 0.5 ** (8 / min(40, 0.5 * (nimg + 8)))
         average = beta * average + (1 - beta) * weight.detach().double()
-    torch.testing.assert_close(ema_weights(trainer.optimizer, trainer.names)[name].double(), average, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        ema_weights(trainer.optimizer, trainer.names)[name].double(), average, rtol=1e-5, atol=1e-6
+    )
     assert (average - start).abs().max() > 1e-3
 
 
