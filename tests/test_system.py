@@ -85,7 +85,8 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
     assert information()["triton"]["ambient_noise"] == "not available: there is no Triton kernel of ambient_noise"
 
 
-def test_auto_takes_the_next_best_on_a_gpu():
+def test_auto_takes_the_next_best_on_a_gpu(monkeypatch):
+    monkeypatch.delenv("FASTAMBIENT_IMPL", raising=False)
     here, away = "available", "not available: no"
     assert system._auto({"triton": here, "native": here}) == "triton"
     assert system._auto({"triton": away, "native": here}) == "native"
