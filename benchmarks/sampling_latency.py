@@ -18,16 +18,13 @@ import protocol
 import torch
 from baselines import as_shipped, heun_float64
 from floor import measure
-from step_time import memory
+from step_time import RESOLUTION, memory
 from torch import nn
 
 from fastambient import models
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.models.presets import PRESETS
 from fastambient.sampling import SamplingSettings, latents, sample
-
-_SHAPE = {"digits": (1, 8, 8), "small16": (3, 16, 16), "small32": (3, 32, 32)}
-_SHAPE |= {"cifar10-ddpmpp": (3, 32, 32), "cifar10-ncsnpp": (3, 32, 32)}  # others: 3x64x64
 
 
 def main() -> None:
@@ -54,7 +51,8 @@ def main() -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as the reference has it
 
-    shape = _SHAPE.get(arguments.preset, (3, 64, 64))
+    size = RESOLUTION.get(arguments.preset, 64)
+    shape = (1 if arguments.preset == "digits" else 3, size, size)
     torch.manual_seed(0)
     config = PRESETS[arguments.preset]["model"] | {"img_resolution": shape[1], "img_channels": shape[0]}
     plain = models.build(config).eval().requires_grad_(False)

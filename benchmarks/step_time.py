@@ -33,7 +33,7 @@ from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, create_run, plan
 from fastambient_kernels import Stream, normal
 
-_RESOLUTION = {"digits": 8, "small16": 16, "small32": 32, "cifar10-ddpmpp": 32, "cifar10-ncsnpp": 32}  # others: 64
+RESOLUTION = {"digits": 8, "small16": 16, "small32": 32, "cifar10-ddpmpp": 32, "cifar10-ncsnpp": 32}  # others: 64
 _CPU_BATCH = {"digits": 64, "small16": 32, "small32": 8, "small64": 4, "cifar10-ddpmpp": 4, "cifar10-ncsnpp": 4}
 _NOISE_SEED = 12345
 
@@ -42,7 +42,7 @@ def make_trainer(folder: Path, preset: str, batch: int, device: torch.device, pr
     """The trainer of a run on random pictures (of `digits` on the digits), as the command line would make it."""
     source = "digits"
     if preset != "digits":
-        size = _RESOLUTION.get(preset, 64)
+        size = RESOLUTION.get(preset, 64)
         source = str(folder / "pictures.npy")
         np.save(source, np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8))
     model = {"use_labels": False, "holdout": None if preset == "digits" else 1}

@@ -268,7 +268,14 @@ def evaluate(
         int | None,
         option("samples to draw (seeds 0 to N-1), or to read", metavar="N", default="the run's evaluation.num, 1000"),
     ] = None,
-    out: Annotated[Path | None, option("where the metrics go", metavar="FILE", default="RUN/metrics.json")] = None,
+    out: Annotated[
+        Path | None,
+        option(
+            "where the metrics go; pictures and report beside it, with its name in front",
+            metavar="FILE",
+            default="RUN/metrics.json",
+        ),
+    ] = None,
     gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
 ) -> None:
     """Measure quality and copying, each against held-out images; writes metrics, pictures and report.html."""

@@ -190,7 +190,7 @@ def sample(
     steps : noise levels, at least 2; default what the weights file says, else 18
     class_index : class of all pictures; default one drawn from each seed (conditional models only)
     batch : pictures at once; default what the weights file says, else 64
-    shape : (C, H, W); default the network's
+    shape : (C, H, W); default what the weights file says, needed for any other denoiser
     settings : the sampler's other parameters; default what the weights file says
     on_batch : called with the number of pictures after each batch
 
@@ -200,7 +200,7 @@ def sample(
 
     Raises
     ------
-    InputError : a class for an unconditional model or out of range, fewer than 2 steps
+    InputError : a class for an unconditional model or out of range, fewer than 2 steps, no shape
     """
     told = denoiser.metadata
     chosen = settings or SamplingSettings(**told.get("sampling", {}))
@@ -215,6 +215,8 @@ def sample(
         what = f"a class in 0..{classes - 1}" if classes else "no class: the model is unconditional"
         raise InputError(f"--class: expected {what}, got {class_index}")
     if shape is None:
+        if "network" not in told:
+            raise InputError("sample() needs shape=(C, H, W) for a denoiser that no weights file describes")
         config = told["network"]
         shape = (config["img_channels"], config["img_resolution"], config["img_resolution"])
     weight = next(denoiser.parameters())

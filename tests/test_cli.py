@@ -182,10 +182,13 @@ def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
     assert {"threshold", "rate", "ci95", "holdout_rate"} <= metrics["memorization"]["gap_ratio"].keys()
     assert {"median", "holdout_median"} <= metrics["memorization"]["nearest_distance"].keys()
     assert metrics["settings"]["sigma_tn"] == 0.2
+    assert metrics["settings"]["kimg"] == 0.08 == metrics["settings"]["kimg_planned"]
+    report = (tmp_path / "run" / "report.html").read_bytes()
     assert (tmp_path / "run" / "nearest.png").is_file() and (tmp_path / "run" / "report.html").is_file()
     code, _, _ = run("evaluate", "run", "--samples", "samples", "--out", "other.json", capsys=capsys)
     assert code == 0 and json.loads((tmp_path / "other.json").read_text())["counts"]["samples"] == 5
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics, "--out leaves metrics.json alone"
+    assert (tmp_path / "run" / "report.html").read_bytes() == report and (tmp_path / "other-report.html").is_file()
     for wrong in (["--out", "samples"], ["--out", "none/m.json"], ["--samples", "samples", "--num", -2]):
         code, _, err = run("evaluate", "run", *wrong, capsys=capsys)
         assert code == 2 and err.startswith(f"error: {wrong[-2]} ") and err.count("\n") == 1, "found before sampling"

@@ -86,7 +86,6 @@ def test_nbytes(store):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_are_equal_on_a_gpu(store):
     positions = torch.arange(90)
     cpu, gpu = loader(store).batch(positions), loader(store, device="cuda").batch(positions)

@@ -112,7 +112,9 @@ def test_bootstrap_interval_is_deterministic_and_close_to_the_binomial_one():
     assert low == pytest.approx(0.25 - half, abs=0.004) and high == pytest.approx(0.25 + half, abs=0.004)
     assert bootstrap_interval(hits, seed=1) == bootstrap_interval(hits, seed=1)
     assert bootstrap_interval(hits, resamples=50, seed=1) != bootstrap_interval(hits, resamples=50, seed=2)
-    assert bootstrap_interval(np.zeros(10, bool)) == (0.0, 0.0) and bootstrap_interval(np.ones(10, bool)) == (1.0, 1.0)
+    # No hit in 10 is no certainty: 1 - 0.025^(1/10) (Clopper and Pearson).
+    assert bootstrap_interval(np.zeros(10, bool)) == pytest.approx((0, 1 - 0.025**0.1))
+    assert bootstrap_interval(np.ones(10, bool)) == pytest.approx((0.025**0.1, 1))
 
 
 def test_bootstrap_interval_covers_the_true_rate():

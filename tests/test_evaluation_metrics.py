@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_run
 from sklearn.datasets import load_digits
 
 from fastambient.errors import InputError
 from fastambient.evaluation import evaluate, frechet_distance
+from fastambient.evaluation.run import evaluate_run
+from fastambient.training.distributed import World
+from fastambient.training.loop import Trainer
+from fastambient.training.run import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +154,14 @@ def test_bad_input(change, message):
     images, options = change(*_planted())
     with pytest.raises(InputError, match=message):
         evaluate(*images, settings={}, **options)
+
+
+def test_an_unfinished_run_says_how_far_it_is(tmp_path, capsys):
+    """Models copy more the longer they train: the planned length would be the wrong figure."""
+    path = make_run(tmp_path / "run", "training.kimg=0.16", "noise.sigma_tn=0.2")
+    trainer = Trainer(RunFolder(path), World())
+    trainer.total_nimg = 80
+    trainer.train()
+    settings = evaluate_run(path, num=4).metrics["settings"]
+    assert settings["kimg"] == 0.08 and settings["kimg_planned"] == 0.16
+    assert "not finished: 0.08 of 0.16 kimg" in " ".join(capsys.readouterr().err.split())

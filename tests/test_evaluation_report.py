@@ -166,7 +166,7 @@ def test_runs_without_copies_losses_or_noise_levels(tmp_path):
     runs = [_run(f"run {i}", float("inf"), 0, per_sigma=False, stats=False) for i in range(7)]
     write_report(tmp_path / "report.html", runs, title="t")
     text = _Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
-    assert "0 of 100 samples (0.0 %) are copies" in text and "the true rate may lie 3.0 % away" in text
+    assert "0 of 100 samples (0.0 %) are copies" in text and "The 95 % interval over samples is 0.0 % to 3.6 %" in text
     assert "None of the samples is a copy" in text and "Training loss" not in text
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from ambient_checks import KEYS, SEEDS, assert_seen, assert_within, batch, compare
+from ambient_checks import ANY_SIZE, FEW_VALUES, KEYS, SEEDS, assert_seen, assert_within, batch, compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +40,7 @@ def test_against_the_float64_reference(nan_filled, sigma_tn, F_dtype, image, lay
 def test_any_size(n, channels, height, width, last, seed):
     layout = torch.channels_last if last else torch.contiguous_format
     errors = compare("native", batch(n, channels, height, width, seed=seed), KEYS, layout=layout)
-    assert_within(errors, few=channels * height * width < 32, factor=1.7)
+    assert_within(errors, FEW_VALUES if channels * height * width < 32 else ANY_SIZE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fastambient import models
+from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.diffusion.samplers import heun
 from fastambient.errors import InputError
 from fastambient.pictures import to_uint8
@@ -184,3 +186,19 @@ def test_lying_headers_are_refused(tmp_path):
         with pytest.raises(InputError, match="damaged or no safetensors"):
             load(tmp_path / "cut.safetensors")
     assert math.isfinite(load(model).sigma_data)
+
+
+class SomebodysNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x, c_noise, class_labels=None, augment_labels=None):
+        return self.conv(x)
+
+
+def test_a_denoiser_of_ones_own_needs_a_shape():
+    denoiser = EDMDenoiser(SomebodysNetwork())
+    with pytest.raises(InputError, match=r"needs shape=\(C, H, W\)"):
+        sample(denoiser, [0])
+    assert sample(denoiser, [0], shape=(1, 4, 4), steps=2).shape == (1, 1, 4, 4)

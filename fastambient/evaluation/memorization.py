@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 from fastambient.errors import InputError
 from fastambient.pictures import as_pictures
@@ -155,13 +156,16 @@ def bootstrap_interval(hits: np.ndarray, *, resamples: int = 1000, seed: int = 0
     """Percentile bootstrap 95 % interval of a rate over samples.
 
     Of n samples drawn with replacement, the number of hits is binomial(n, rate): the resampled rates are drawn from
-    that distribution itself, without resampling indices. With no hit (or only hits) the interval has no width, which
-    does not mean certainty: then rates below about 3/n stay unseen.
+    that distribution itself, without resampling indices. No resample of no hits (or of hits alone) shows another rate,
+    which is not certainty: there the exact binomial interval (Clopper and Pearson, 1934) stands in, 0 to about 3.7/n.
 
     Parameters
     ----------
     hits: bool [N], N >= 1.
     """
+    if hits.all() or not hits.any():
+        exact = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="exact")
+        return float(exact.low), float(exact.high)
     generator = np.random.default_rng(seed)
     rates = generator.binomial(len(hits), hits.mean(), size=resamples) / len(hits)
     low, high = np.percentile(rates, [2.5, 97.5])

@@ -120,11 +120,7 @@ def _sentence(run: RunReport) -> dict[str, str]:
         f"{gap['copies']:,} of {counts['samples']:,} samples ({rate}) are copies: their distance to one"
         f" of the {counts['train']:,} training images is less than {_number(gap['threshold'])} times that to any other."
     )
-    if low < high:
-        found += f" The 95 % interval over samples is {_percent(low)} to {_percent(high)}."
-    else:
-        away = _percent(min(3 / counts["samples"], 1.0))
-        found += f" The bootstrap interval has no width here; by the rule of three the true rate may lie {away} away."
+    found += f" The 95 % interval over samples is {_percent(low)} to {_percent(high)}."
     against = f"Against {control['images']:,} held-out images, which the model never saw,"
     against += f" the rate is {_percent(gap['holdout_rate'])}"
     if control["images"] < counts["train_distinct"]:

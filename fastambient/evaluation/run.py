@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fastambient.console import progress
+from fastambient.console import progress, warn
 from fastambient.errors import InputError
 from fastambient.evaluation.metrics import evaluate
 from fastambient.evaluation.report import RunReport, gallery, nearest_pairs, write_report
@@ -51,7 +51,8 @@ def evaluate_run(
     out : where the metrics go; None for metrics.json in the run
     name : of the run in its report; None for the folder's
 
-    Writes metrics.json (or `out`), and into the run: evaluation.png, nearest.png, report.html.
+    Writes metrics.json, evaluation.png, nearest.png and report.html into the run; with `out`, that file and, beside
+    it, the others with its name in front (``m.json``, ``m-report.html``): figures of one evaluation stay together.
 
     Raises
     ------
@@ -63,12 +64,14 @@ def evaluate_run(
     if len(store.holdout) < 2:
         raise InputError(f"{run.store_path} holds no held-out images, without which copying cannot be told from chance")
     target = out or run.metrics
+    beside = (lambda part: target.with_name(f"{target.stem}-{part}")) if out else (lambda part: path / part)
     if target.is_dir() or not target.parent.is_dir():  # found now, not after the sampling
         what = "is a folder" if target.is_dir() else f"cannot be made: there is no folder {target.parent}"
         raise InputError(f"--out {target} {what}; name a file in a folder that exists")
     if num is not None and num < 2:
         raise InputError(f"--num must be 2 or more, got {num}")
-    seeds = None
+    seeds, stats = None, run.read_stats()
+    trained = stats[-1]["nimg"] / 1000 if stats else None  # in kimg
     if samples is not None:
         pictures = load_pictures(samples)
         if num is not None:
@@ -80,7 +83,9 @@ def evaluate_run(
         denoiser = load(run.weights if run.weights.is_file() else path, device=device)
         with progress("sampling", count) as advance:
             pictures = sample(denoiser, range(count), on_batch=advance).numpy()
-        seeds = f"0-{count - 1}"
+        seeds, trained = f"0-{count - 1}", denoiser.metadata["nimg"] / 1000
+    if trained is not None and trained < settings.training.kimg:
+        warn(f"{path} is not finished: {trained:g} of {settings.training.kimg:g} kimg; longer training copies more")
     e, train = settings.evaluation, np.asarray(store.train.images[:])
     metrics, neighbours = evaluate(
         pictures, train, np.asarray(store.holdout.images[:]),
@@ -89,7 +94,8 @@ def evaluate_run(
             "sigma_tn": settings.noise.sigma_tn,
             "resolution": store.resolution,
             "preset": settings.model.preset,
-            "kimg": settings.training.kimg,
+            "kimg": trained,
+            "kimg_planned": settings.training.kimg,
             "training_seed": settings.training.seed,
             "sample_seeds": seeds,
             "samples": str(samples) if samples is not None else None,
@@ -98,18 +104,18 @@ def evaluate_run(
     )  # fmt: skip
     write_json(target, metrics)
     overview = grid(pictures[:_GRID])
-    save_png(path / "evaluation.png", overview)
-    save_png(path / "nearest.png", gallery(pictures, neighbours, train, _PAIRS))
+    save_png(beside("evaluation.png"), overview)
+    save_png(beside("nearest.png"), gallery(pictures, neighbours, train, _PAIRS))
     report = RunReport(
         name=name or path.resolve().name,
         sigma_tn=settings.noise.sigma_tn or 0.0,
         metrics=metrics,
-        stats=run.read_stats(),
+        stats=stats,
         grid=overview,
         pairs=nearest_pairs(pictures, neighbours, train, _PAIRS),
         per_sigma=_per_sigma(run),
     )
-    write_report(path / "report.html", [report], title=f"fastambient: {report.name}")
+    write_report(beside("report.html"), [report], title=f"fastambient: {report.name}")
     return Evaluated(metrics, report)
 
 

@@ -47,7 +47,7 @@ def sigma_table(row: dict[str, Any]) -> str:
     """A row of sigma_loss.jsonl for people: upper ends of the bins above, mean loss below."""
     heads = [f"<{edge:g}" for edge in SIGMA_EDGES] + [f">={SIGMA_EDGES[-1]:g}"]
     values = ["-" if b["loss"] is None else f"{b['loss']:.3g}" for b in row["bins"]]
-    line = lambda cells: "".join(cell.rjust(7) for cell in cells)  # noqa: E731
+    line = lambda cells: "".join(cell.rjust(9) for cell in cells)  # noqa: E731
     return f"sigma{line(heads)}\nloss {line(values)}"
 
 

@@ -83,10 +83,15 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | 
         if reason := unavailable(operator, impl, device, dtype):
             raise RuntimeError(f"{operator}: impl={impl!r} is not available: {reason}")
         return impl
-    wanted = ("native",) if device.type == "cpu" else ("triton", "native")
-    reasons = [unavailable(operator, name, device, dtype) for name in wanted]
-    taken = wanted[reasons.index(None)] if None in reasons else "reference"
-    _announce(operator, taken, device, reasons[0])
+    first_reason = None
+    for taken in ("native",) if device.type == "cpu" else ("triton", "native"):
+        reason = unavailable(operator, taken, device, dtype)
+        if reason is None:
+            break
+        first_reason = first_reason or reason
+    else:
+        taken = "reference"
+    _announce(operator, taken, device, first_reason)
     return taken
 
 

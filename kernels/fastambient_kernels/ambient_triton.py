@@ -242,7 +242,7 @@ def aot_cases() -> list[AotCase]:
                 constants[name] = None
                 signature.pop(name, None)
         words = f"{image}{f' x_n {x_n}' if x_n else ''} {streamed}{' nhwc' if last else ''}{' flips' if flips else ''}"
-        words += f"{' unit' if unit else ''}{f' {block}' if block != 1024 else ''}"
+        words += f" {block}" if block != 1024 else ""
         launch: dict[str, Any] = {"num_warps": block // 256, "amd_warps": max(1, block // (64 * constants["VECTOR"]))}
         if streamed == "bf16" and block < 1024:
             launch["targets"] = ("gfx942",) if block == 512 else ("sm_80", "sm_90", "sm_100")
@@ -257,7 +257,7 @@ def aot_cases() -> list[AotCase]:
         ))  # fmt: skip
         wide = () if last else ("F", "dF")
         cases.append(AotCase(
-            name=f"ambient_loss {words}", kernel=ambient_loss_kernel,
+            name=f"ambient_loss {words}{' unit' if unit else ''}", kernel=ambient_loss_kernel,
             signature=signature | {"partial": "*fp32", "F": f"*{streamed}", "dF": f"*{streamed}"},
             constexprs=constants | {"UNIT": unit}, attrs=attrs | {"partial": 16, "F": 16, "dF": 16}, streamed=wide,
             tails=wide if flips else (), elements=block * (_BYTES[image] + 2 * _BYTES[streamed]),
