@@ -16,6 +16,7 @@ import platform
 from datetime import date
 from pathlib import Path
 
+import protocol
 import torch
 
 from fastambient.console import say
@@ -133,7 +134,7 @@ def main() -> None:
         results = Path(__file__).parent / "results"
         results.mkdir(exist_ok=True)
         (results / "reproduce-digits.json").write_text(
-            json.dumps({"date": str(date.today()), "rows": rows}, indent=1) + "\n"
+            json.dumps(protocol.environment(torch.device("cpu")) | {"rows": rows}, indent=1) + "\n"
         )
 
 
