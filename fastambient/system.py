@@ -19,6 +19,8 @@ _OPERATORS = {
     "ambient_loss": "ambient_triton",
     "group_norm_silu": "group_norm_silu_triton",
     "adam_ema": "adam_ema_triton",
+    "dropout": "random_triton",
+    "random_words": "random_triton",
 }
 _HERE = "available"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastambient.models import build
-from fastambient.models.layers import Dropout, UNetBlock, drop_labels, keyed_keep
-from fastambient_kernels.noise import Stream, random_words
+from fastambient.models.layers import Dropout, UNetBlock, drop_labels
+from fastambient_kernels.dropout import keep_mask
 
 CONFIG = {
     "model_type": "SongUNet",
@@ -55,42 +55,11 @@ def test_batch_split_order_and_neighbours_do_not_matter(change):
     assert (net(x, c, labels, None, (SEED, pos + 1)) - whole).abs().amax((1, 2, 3)).min() > 100 * close["atol"]
 
 
-def test_masks_are_the_contracts_words():
-    keep = keyed_keep((SEED, torch.tensor([5, 2**40])), 3, 7, 0.25)
-    words = random_words(torch.tensor([5, 2**40]), 4, seed=SEED, stream=Stream.DROPOUT, first=3 * 2**26)
-    for n in range(2):
-        halves = [h for w in words[n].tolist() for h in (w & 0xFFFF, w >> 16)][:7]
-        assert keep[n].tolist() == [h >= 0.25 * 65536 for h in halves]
-
-
-def test_masks_differ_between_layers_positions_and_seeds():
-    p, count = 0.25, 40_000
-    base = keyed_keep((SEED, torch.tensor([0])), 1, count, p)
-    others = {
-        "layer": keyed_keep((SEED, torch.tensor([0])), 2, count, p),
-        "position": keyed_keep((SEED, torch.tensor([1])), 1, count, p),
-        "high word of the position": keyed_keep((SEED, torch.tensor([2**32])), 1, count, p),
-        "seed": keyed_keep((SEED + 1, torch.tensor([0])), 1, count, p),
-    }
-    independent = 2 * p * (1 - p)
-    for what, other in others.items():
-        assert (base != other).float().mean().item() == pytest.approx(independent, abs=0.015), what
-
-
-@pytest.mark.parametrize("p", [0.05, 0.13, 0.5])
-def test_keep_rate(p):
-    n = 400_000
-    keep = keyed_keep((SEED, torch.arange(20)), 4, n // 20, p)
-    assert abs(keep.double().mean().item() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
-    even, odd = keep[:, 0::2].double().mean().item(), keep[:, 1::2].double().mean().item()
-    assert abs(even - odd) < 5 * (4 * p * (1 - p) / n) ** 0.5
-
-
 def test_what_is_kept_is_scaled_and_the_layout_does_not_matter():
     layer, key = Dropout(0.2, 1), (SEED, positions(2))
     x = torch.randn(2, 8, 6, 6) + 5
     y = layer(x, key)
-    kept = keyed_keep(key, 1, 8 * 36, 0.2).view(x.shape)
+    kept = keep_mask(key[1], 8 * 36, p=0.2, seed=SEED, layer=1).view(2, 6, 6, 8).movedim(3, 1)
     torch.testing.assert_close(y, torch.where(kept, x / 0.8, 0.0))
     last = layer(x.contiguous(memory_format=torch.channels_last), key)
     assert torch.equal(last, y) and last.is_contiguous(memory_format=torch.channels_last)
@@ -126,7 +95,7 @@ def test_a_key_leaves_the_global_generator_alone_and_no_key_uses_it():
 def test_label_dropout_takes_the_whole_label_of_a_sample():
     net, (x, c, labels) = network(dropout=0.0), batch()
     key = (SEED, positions())
-    kept = keyed_keep(key, 0, 1, 0.5)
+    kept = keep_mask(key[1], 1, p=0.5, seed=SEED, layer=0)
     assert 0 < kept.sum() < 6
     y = net(x, c, labels, None, key)
     net.eval()

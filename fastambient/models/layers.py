@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastambient.errors import InputError
-from fastambient_kernels import group_norm_silu
-from fastambient_kernels.noise import Stream, random_words
+from fastambient_kernels import dropout, group_norm_silu
+from fastambient_kernels.dropout import MAX_LAYERS, keep_mask
 
-DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `keyed_keep`
+DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `fastambient_kernels.dropout`
 
 LABEL_DROPOUT_LAYER = 0  # layer number of label dropout; blocks are numbered from 1
-_LAYER_ELEMENTS = 2**26  # random words set aside for one layer of one sample
-_MAX_LAYERS = 256  # the generator's element counter has 32 bits and counts words by four
 
 
 class Init(NamedTuple):
@@ -177,25 +175,13 @@ class FourierEmbedding(nn.Module):
         return _cos_sin(c_noise, 2 * math.pi * self.freqs.to(torch.promote_types(c_noise.dtype, torch.float32)))
 
 
-def keyed_keep(key: DropoutKey, layer: int, count: int, p: float) -> Tensor:
-    """What dropout keeps: bool [N, count], each true with probability 1 - p (to 2^-16).
-
-    A function of (run seed, position, layer, element) alone, by the noise contract: no batch split, rank or resume
-    changes it. Each random word serves two elements, low half first.
-    """
-    seed, positions = key
-    words = random_words(positions, -(-count // 2), seed=seed, stream=Stream.DROPOUT, first=layer * _LAYER_ELEMENTS)
-    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :count]
-    return halves >= round(p * 65536)
-
-
 class Dropout(nn.Module):
     """Dropout whose mask comes from a `DropoutKey`, or from torch's generator where the key is None."""
 
     def __init__(self, p: float, layer: int) -> None:
         super().__init__()
-        if layer >= _MAX_LAYERS:
-            raise InputError(f"the network has more than {_MAX_LAYERS - 1} blocks; choose fewer model.num_blocks")
+        if layer >= MAX_LAYERS:
+            raise InputError(f"the network has more than {MAX_LAYERS - 1} blocks; choose fewer model.num_blocks")
         self.p, self.layer = p, layer
 
     def forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:
@@ -203,9 +189,7 @@ class Dropout(nn.Module):
             return x
         if key is None:
             return F.dropout(x, self.p)
-        mask = keyed_keep(key, self.layer, x[0].numel(), self.p).view(x.shape).to(x.dtype)
-        # Elements count in C,H,W order whatever the memory format; the product keeps x's format.
-        return x * (mask / (1 - self.p))
+        return dropout(x, key[1], p=self.p, seed=key[0], layer=self.layer)
 
 
 def drop_labels(labels: Tensor, p: float, key: DropoutKey | None) -> Tensor:
@@ -213,7 +197,7 @@ def drop_labels(labels: Tensor, p: float, key: DropoutKey | None) -> Tensor:
     if key is None:
         keep = torch.rand(len(labels), 1, device=labels.device) >= p
     else:
-        keep = keyed_keep(key, LABEL_DROPOUT_LAYER, 1, p)
+        keep = keep_mask(key[1], 1, p=p, seed=key[0], layer=LABEL_DROPOUT_LAYER)
     return labels * keep.to(labels.dtype)
 
 

@@ -22,7 +22,7 @@ from fastambient.training.config import Settings
 from fastambient.training.distributed import World
 from fastambient.training.monitor import SigmaLoss
 from fastambient.training.optimizer import ema_beta, learning_rate
-from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, is_ambient
+from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, is_ambient, seed_tensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class TrainingStep:
     ) -> None:
         self.network, self.loader, self.optimizer = network, loader, optimizer
         self.sigma_loss, self.settings, self.world = sigma_loss, settings, world
-        self.num_classes, self.noise_seed = num_classes, noise_seed
+        self.num_classes = num_classes
+        # On the device once: a seed made anew at each use would be a copy to the device each time.
+        self.noise_seed, self.seed = (seed_tensor(s, world.device) for s in (noise_seed, settings.training.seed))
         batch = settings.training.batch
         if batch % world.size:
             raise InputError(
@@ -113,12 +115,12 @@ class TrainingStep:
         """(sigma [N], loss [N]) of the global batch's `positions` (int64 [N])."""
         n, t = self.settings.noise, self.settings.training
         batch = self.loader.batch(positions)
-        sigma = draw_sigma(positions, seed=t.seed, P_mean=n.P_mean, P_std=n.P_std)
+        sigma = draw_sigma(positions, seed=self.seed, P_mean=n.P_mean, P_std=n.P_std)
         images, flips, augment_labels = self._augmented(batch, sigma)
         # Fresh noise is the fixed noise of an image that is new at every draw.
-        ids, noise_seed = (batch.ids, self.noise_seed) if n.mode == "fixed" else (positions, t.seed)
+        ids, noise_seed = (batch.ids, self.noise_seed) if n.mode == "fixed" else (positions, self.seed)
         keywords: dict[str, Any] = {
-            "sigma_tn": n.sigma_tn, "sigma_data": n.sigma_data, "noise_seed": noise_seed, "run_seed": t.seed,
+            "sigma_tn": n.sigma_tn, "sigma_data": n.sigma_data, "noise_seed": noise_seed, "run_seed": self.seed,
             "x_n": batch.x_n if n.mode == "fixed" else None,
         }  # fmt: skip
         noised = ambient_noise(images, ids, flips, positions, sigma, memory_format=torch.channels_last, **keywords)
@@ -128,7 +130,7 @@ class TrainingStep:
             labels = nn.functional.one_hot(batch.labels, self.num_classes).to(noised.net_input.dtype)
         with torch.autocast(positions.device.type, torch.bfloat16, enabled=t.precision == "bf16"):
             F = self.parallel(
-                noised.net_input, noised.coefficients.c_noise, labels, augment_labels, dropout_key=(t.seed, positions)
+                noised.net_input, noised.coefficients.c_noise, labels, augment_labels, dropout_key=(self.seed, positions)
             )
         loss = ambient_loss(F, images, ids, flips, positions, sigma, weighting=n.weighting, **keywords)
         return sigma, loss
@@ -145,7 +147,7 @@ class TrainingStep:
         leaking = t.augment_ambient == "reference"
         images = batch.images.float() / 127.5 - 1
         active = torch.ones_like(batch.flips) if leaking else ~is_ambient(sigma, self.settings.noise.sigma_tn or 0.0)
-        images, labels = augment(images, batch.positions, p=t.augment, seed=t.seed, xflips=batch.flips, active=active)
+        images, labels = augment(images, batch.positions, p=t.augment, seed=self.seed, xflips=batch.flips, active=active)
         if not leaking:
             return images, batch.flips, labels
         mirrored = torch.where(batch.flips.view(-1, 1, 1, 1), images.flip(3), images)

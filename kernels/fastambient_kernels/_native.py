@@ -51,7 +51,7 @@ def load(kind: str) -> str | None:
 _REASON = load("cpu")
 OPERATORS = frozenset(
     name
-    for name in ("ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema")
+    for name in ("ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema", "dropout", "random_words")
     if _REASON is None and hasattr(torch.ops.fastambient_native, name)
 )
 

@@ -74,7 +74,7 @@ def _empty_backward(
     per_sample = x.shape[:2]
     # A registered operator always returns tensors: empty ones where there is no such input. d_shift, the sum of dw, is
     # always made: other sums are made of it.
-    d_scale, d_add = (weight.new_empty(0 if v is None else per_sample) for v in (scale, add))
+    d_scale, d_add = (weight.new_empty(per_sample if v is not None else 0) for v in (scale, add))
     d_shift = weight.new_empty(per_sample)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), d_scale, d_shift, d_add
 

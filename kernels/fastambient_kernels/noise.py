@@ -15,16 +15,20 @@ any order. Four words r_0..r_3 give uniforms u_j = (r_j >> 8) * 2^-24 and normal
 
 with lane = element % 4; |z| <= sqrt(-2 ln 1e-7) = 5.68.
 
-This file is the reference: plain torch, exact integers, any device.
+The words are integers, equal in every implementation to the last bit. Of `normal` there is the reference alone: fast
+paths make normals where they are used.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastambient_kernels._registration import choose, register, seed_tensor
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers of the round function
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key
@@ -75,30 +79,78 @@ def split_words(value: int | Tensor, device: torch.device | None = None) -> tupl
     return value & _MASK, (value >> 32) & _MASK
 
 
-def random_words(ids: Tensor, count: int, *, seed: int | Tensor, stream: int, first: int = 0) -> Tensor:
-    """Words of elements first .. first + count - 1 for each id.
-
-    Parameters
-    ----------
-    ids: int64 [N]; first: a multiple of 4; seed: 64 bits (a Python integer or an int64 tensor with one element).
-
-    Returns
-    -------
-    int64 [N, count] in [0, 2^32)
-    """
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise TypeError(f"ids must be int64 [N], got {ids.dtype} {list(ids.shape)}")
-    if first % 4:
-        raise ValueError(f"first must be a multiple of 4, got {first}")
+def _reference_words(ids: Tensor, seed: Tensor, stream: int, first: int, count: int) -> Tensor:
     k0, k1 = split_words(seed, ids.device)
     low, high = split_words(ids)
     blocks = torch.arange(first // 4, first // 4 + -(-count // 4), device=ids.device)
     shape = (len(ids), len(blocks))
     words = philox4x32(
         blocks[None].expand(shape), low[:, None].expand(shape), high[:, None].expand(shape),
-        torch.full(shape, int(stream), device=ids.device), k0.to(ids.device), k1.to(ids.device),
+        torch.full(shape, stream, device=ids.device), k0, k1,
     )  # fmt: skip
     return torch.stack(words, dim=-1).flatten(1)[:, :count]
+
+
+def _run_words(impl: str) -> Any:
+    def run(ids: Tensor, seed: Tensor, stream: int, first: int, count: int) -> Tensor:
+        out = torch.empty(len(ids), count, dtype=torch.int64, device=ids.device)
+        if impl == "native":
+            torch.ops.fastambient_native.random_words(ids, seed, stream, first, out)
+        else:
+            from fastambient_kernels import random_triton  # type: ignore[attr-defined]
+
+            random_triton.words(ids, seed, stream, first, out)
+        return out
+
+    return run
+
+
+def _fake_words(ids: Tensor, seed: Tensor, stream: int, first: int, count: int) -> Tensor:
+    return ids.new_empty(len(ids), count)
+
+
+_word_ops = {
+    impl: register(
+        f"random_words_{impl}(Tensor ids, Tensor seed, int stream, int first, int count) -> Tensor",
+        _run_words(impl),
+        _fake_words,
+    )
+    for impl in ("native", "triton")
+}
+
+
+def random_words(
+    ids: Tensor, count: int, *, seed: int | Tensor, stream: int, first: int = 0, impl: str = "auto"
+) -> Tensor:
+    """Words of elements first .. first + count - 1 for each id.
+
+    Parameters
+    ----------
+    ids : int64 [N]
+    count : words of each id, >= 0
+    seed : 64 bits, a Python integer or an int64 tensor with one element
+    stream : what the draw is for, see `Stream`; 32 bits
+    first : a multiple of 4; first + count <= 2^34
+    impl : "auto", "reference", "triton" or "native"
+
+    Returns
+    -------
+    int64 [N, count] in [0, 2^32)
+
+    Raises
+    ------
+    TypeError, ValueError : wrong dtypes, shapes or ranges
+    RuntimeError : the implementation that was asked for is not available here
+    """
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise TypeError(f"ids must be int64 [N], got {ids.dtype} {list(ids.shape)}")
+    if first % 4 or not 0 <= first <= 2**34 - count:
+        raise ValueError(f"first must be a multiple of 4, and all words of 2^34, got {first} and {count} words")
+    key = seed_tensor(seed, ids.device)
+    taken = choose("random_words", impl, ids.device)
+    if taken == "reference" or len(ids) * count == 0:
+        return _reference_words(ids, key, int(stream), first, count)
+    return _word_ops[taken](ids.contiguous(), key, int(stream), first, count)
 
 
 def uniform(
