@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from conftest import make_run
 from test_kernels_group_norm_silu import assert_within, errors, inputs
 
-from fastambient_kernels import ambient_loss, ambient_noise, group_norm_silu
+from fastambient_kernels import ambient_loss, ambient_noise, dropout, group_norm_silu
+from fastambient_kernels.noise import random_words
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -33,6 +34,24 @@ def test_noise_and_loss(size, sigma_tn, F_dtype, image, layout):
 @pytest.mark.parametrize(("shape", "groups"), [((4, 256, 32, 32), 32), ((2, 24, 8, 8), 6), ((2, 96, 5, 7), 24), ((1, 1536, 8, 8), 32)])  # fmt: skip
 def test_group_norm_silu(dtype, last, shape, groups):
     assert_within(errors("triton", inputs(shape, last=last), groups, dtype, device="cuda"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 256, 32, 32), (3, 6, 5, 7), (3, 1030)])
+def test_dropout_is_the_reference_to_the_bit(shape, dtype):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    positions, keywords = torch.arange(len(x)) + 2**40, {"p": 0.13, "seed": 2**64 - 5, "layer": 255}
+    reference = dropout(x, positions, impl="reference", **keywords)
+    assert torch.equal(dropout(x.cuda(), positions.cuda(), impl="triton", **keywords).cpu(), reference)
+
+
+@pytest.mark.parametrize(("count", "first"), [(1, 0), (7, 4), (1001, 2**33)])
+def test_words_are_the_references(count, first):
+    ids, keywords = torch.tensor([5, 2**40, -1]), {"seed": 2**64 - 3, "stream": 2, "first": first}
+    reference = random_words(ids, count, impl="reference", **keywords)
+    assert torch.equal(random_words(ids.cuda(), count, impl="triton", **keywords).cpu(), reference)
 
 
 def step(weight, affine, images, ids, flips, positions, sigma, seeds):

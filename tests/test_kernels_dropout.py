@@ -83,7 +83,9 @@ def test_native_is_the_reference_to_the_bit(nan_filled, shape, dtype):
 def test_native_words_are_the_references(nan_filled, count, first):
     keywords = {"seed": -3, "stream": 4, "first": first}
     words = random_words(POSITIONS, count, impl="native", **keywords)
-    assert words.shape == (3, count) and torch.equal(words, random_words(POSITIONS, count, impl="reference", **keywords))
+    assert words.shape == (3, count) and torch.equal(
+        words, random_words(POSITIONS, count, impl="reference", **keywords)
+    )
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("native", marks=native)])
@@ -120,7 +122,10 @@ def test_a_fault_would_show(monkeypatch):
     x = last(3, 6, 5, 7)
     right = dropout(x, POSITIONS, p=0.2, seed=SEED, layer=2, impl="reference")
     run = operator._ops["native"]
-    for wrong in (lambda x, p, s, layer, q: run(x, p, s, layer + 1, q), lambda x, p, s, layer, q: run(x, p, s, layer, 1 - q)):
+    for wrong in (
+        lambda x, p, s, layer, q: run(x, p, s, layer + 1, q),
+        lambda x, p, s, layer, q: run(x, p, s, layer, 1 - q),
+    ):
         monkeypatch.setitem(operator._ops, "native", wrong)
         assert not torch.allclose(dropout(x, POSITIONS, p=0.2, seed=SEED, layer=2, impl="native"), right)
 

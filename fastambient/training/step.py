@@ -130,7 +130,11 @@ class TrainingStep:
             labels = nn.functional.one_hot(batch.labels, self.num_classes).to(noised.net_input.dtype)
         with torch.autocast(positions.device.type, torch.bfloat16, enabled=t.precision == "bf16"):
             F = self.parallel(
-                noised.net_input, noised.coefficients.c_noise, labels, augment_labels, dropout_key=(self.seed, positions)
+                noised.net_input,
+                noised.coefficients.c_noise,
+                labels,
+                augment_labels,
+                dropout_key=(self.seed, positions),
             )
         loss = ambient_loss(F, images, ids, flips, positions, sigma, weighting=n.weighting, **keywords)
         return sigma, loss
@@ -147,7 +151,9 @@ class TrainingStep:
         leaking = t.augment_ambient == "reference"
         images = batch.images.float() / 127.5 - 1
         active = torch.ones_like(batch.flips) if leaking else ~is_ambient(sigma, self.settings.noise.sigma_tn or 0.0)
-        images, labels = augment(images, batch.positions, p=t.augment, seed=self.seed, xflips=batch.flips, active=active)
+        images, labels = augment(
+            images, batch.positions, p=t.augment, seed=self.seed, xflips=batch.flips, active=active
+        )
         if not leaking:
             return images, batch.flips, labels
         mirrored = torch.where(batch.flips.view(-1, 1, 1, 1), images.flip(3), images)

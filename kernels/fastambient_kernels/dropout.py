@@ -26,9 +26,7 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 MAX_LAYERS = 256  # the generator's element counter has 32 bits and counts words by four
 
 
-def keep_mask(
-    positions: Tensor, count: int, *, p: float, seed: int | Tensor, layer: int, impl: str = "auto"
-) -> Tensor:
+def keep_mask(positions: Tensor, count: int, *, p: float, seed: int | Tensor, layer: int, impl: str = "auto") -> Tensor:
     """What dropout keeps of `count` elements: bool [N, count] for positions int64 [N]."""
     first = layer * LAYER_WORDS
     words = random_words(positions, -(-count // 2), seed=seed, stream=Stream.DROPOUT, first=first, impl=impl)
@@ -133,7 +131,5 @@ def dropout(
     fits = x.dim() in (2, *_FORMATS)
     if taken == "reference" or x.numel() == 0 or not fits:
         return reference(x, positions, seed, layer, p)
-    y = _Dropout.apply(
-        _channels_last(x), positions.contiguous(), seed_tensor(seed, x.device), layer, float(p), taken
-    )
+    y = _Dropout.apply(_channels_last(x), positions.contiguous(), seed_tensor(seed, x.device), layer, float(p), taken)
     return y.contiguous() if x.is_contiguous() else y
