@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -337,3 +338,21 @@ def test_training_works_outside_the_main_thread(tmp_path):
     thread.start()
     thread.join()
     assert len(read_stats(path)) == 2
+
+
+def test_time_that_pictures_take_is_in_the_runs_time_and_in_the_time_left(tmp_path, monkeypatch):
+    """Four previews of half a second each dwarf 20 steps of a tiny network."""
+    lefts = []
+
+    class Spy(loop.Monitor):
+        def line(self):
+            lefts.append(self._seconds_left(time.monotonic(), self.recent[-1]["nimg"]))
+            super().line()
+
+    monkeypatch.setattr(loop, "Monitor", Spy)
+    monkeypatch.setattr(loop.Trainer, "sample_grid", lambda self: time.sleep(0.5))
+    path = make_run(tmp_path / "run", "training.sample_kimg=0.04", "training.checkpoint_kimg=0.08")
+    train_here(path)
+    _, state = checkpoint.load_latest(path / "checkpoints")
+    assert state["seconds"] > 3 * 0.5  # the last checkpoint is written before the last preview's pause is counted
+    assert len(lefts) == 2 and lefts[0] > 0.5 and lefts[1] == 0  # at half of the run: a preview lies behind

@@ -112,7 +112,7 @@ class Trainer:
             num_classes=self.num_classes, noise_seed=run.read_noise_seed(),
         )  # fmt: skip
         self.nimg = 0
-        self.seconds = 0.0  # of training so far, over all resumes
+        self.seconds = 0.0  # of the run so far, over all resumes
         self.log_sizes: dict[str, int] = {}
 
     def save(self) -> None:
@@ -196,12 +196,14 @@ class Trainer:
             )
         saved_at = self.nimg if self.log_sizes else -1
         with StopSignal().listen() as stop:
+            began = time.perf_counter()
             while self.nimg < self.total_nimg:
-                began = time.perf_counter()
+                step_began = time.perf_counter()
                 result = self.step(self.nimg, stop=stop.signum is not None)
                 self.nimg += t.batch
-                elapsed = time.perf_counter() - began
-                self.seconds += elapsed
+                now = time.perf_counter()
+                elapsed = now - step_began
+                self.seconds, began = self.seconds + now - began, now  # with the pictures and checkpoints in between
                 finished = self.nimg >= self.total_nimg
                 due = finished or crosses(self.nimg, t.batch, t.checkpoint_kimg or 0)
                 if self.monitor is not None:
@@ -226,6 +228,7 @@ class Trainer:
                         f"stopped by {name} at {self.nimg / 1000:g} kimg, checkpoint written;"
                         f" resume with: fastambient train --resume {self.run.path}",
                     )
+            self.seconds += time.perf_counter() - began
         if self.monitor is not None:
             if saved_at != self.nimg:
                 self.save()

@@ -78,6 +78,7 @@ class Monitor:
         self.writer = SummaryWriter(str(run.tensorboard), purge_step=nimg, flush_secs=30)
         self.total_nimg, self.device = total_nimg, device
         self.line_time, self.line_nimg = time.monotonic(), nimg
+        self.start_time, self.start_nimg = self.line_time, nimg
         self.recent: list[dict[str, Any]] = []
 
     def sizes(self) -> dict[str, int]:
@@ -103,13 +104,17 @@ class Monitor:
         say(
             f"kimg {nimg / 1000:.1f}/{self.total_nimg / 1000:g}  loss {loss:.4g}  {rate:,.0f} images/s"
             f"  {1000 / rate:.3g} sec/kimg  ambient {share:.0%}  memory {peak_memory(self.device) / 2**30:.2f} GiB"
-            f"  {duration((self.total_nimg - nimg) / rate)} left" + (f"  {bad} non-finite gradients" if bad else "")
+            f"  {duration(self._seconds_left(now, nimg))} left" + (f"  {bad} non-finite gradients" if bad else "")
         )
         points = {"loss": loss, "ambient_share": share, "images_per_second": rate, "nonfinite_grads": bad}
         for name, value in (points | {k: self.recent[-1][k] for k in ("lr", "grad_norm")}).items():
             self.writer.add_scalar(f"training/{name}", value, nimg)
         self.line_time, self.line_nimg = now, nimg
         self.recent.clear()
+
+    def _seconds_left(self, now: float, nimg: int) -> float:
+        """At the pace since the start, which has the pictures and checkpoints in it that are still to come, too."""
+        return (self.total_nimg - nimg) * (now - self.start_time) / max(nimg - self.start_nimg, 1)
 
     def sigma_row(self, row: dict[str, Any]) -> None:
         self.sigma_loss.write(json.dumps(row) + "\n")

@@ -63,6 +63,8 @@ class Table:
         self._host = torch.empty(0, self.width, dtype=torch.int64)
         self._kinds: Tensor | None = None
         self._host_chunks = torch.empty(0, 2, dtype=torch.int64)
+        self._held: list[Any] = []  # dtype and strides of each gradient, strides and shape of its parameter
+        self._unusable: list[int] = []  # gradients that must be copied
         self._grads: list[Tensor] = []  # copies of gradients, alive until the next step
         self._pinned: Tensor | None = None
         self.rows = self._host.to(device)
@@ -123,14 +125,22 @@ class Table:
     def _usable(self, tensors: Tensors) -> list[Tensor]:
         """Gradients in their parameters' layouts, in a type that the kernels read."""
         params, grads = tensors.params, tensors.grads
-        known = (torch.float32, torch.bfloat16)
-        if [g.stride() for g in grads] == [p.stride() for p in params] and all(g.dtype in known for g in grads):
+        held = [(g.dtype, g.stride(), p.stride(), p.shape) for g, p in zip(grads, params, strict=True)]
+        if held != self._held:  # the same from step to step: what they say is worked out once
+            known = (torch.float32, torch.bfloat16)
+            self._held = held
+            self._unusable = [
+                i
+                for i, (g, p) in enumerate(zip(grads, params, strict=True))
+                if g.dtype not in known or layout(g) != layout(p)
+            ]
+        if not self._unusable:
             return grads
-        usable = []
-        for g, p in zip(grads, params, strict=True):
-            if g.dtype not in known:
-                g = g.float()
-            usable.append(g if layout(g) == layout(p) else torch.empty_like(p, dtype=g.dtype).copy_(g))
+        usable = list(grads)
+        for i in self._unusable:
+            g, p = grads[i], params[i]
+            dtype = torch.bfloat16 if g.dtype is torch.bfloat16 else torch.float32
+            usable[i] = torch.empty_like(p, dtype=dtype).copy_(g)
         self._grads = usable
         return usable
 
