@@ -78,6 +78,8 @@ BAD = [
     (["train", "--batch", "0"], "training.batch must be 1 or more"),
     (["train", "--precision", "fp16"], "fp16"),
     (["train", "--data", "nowhere"], "'nowhere'"),
+    (["train", "--data", ""], "the source is empty"),
+    (["prepare", "", "--out", "new"], "the source is empty"),
     (["train", "--data", "model.pkl"], "nothing"),
     (["train", "--config", "none.yaml"], "cannot read the settings file none.yaml"),
     (["train", "--resume", "nothing"], "there is no run folder nothing"),

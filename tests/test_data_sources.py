@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastambient.data import open_source
+from fastambient.data import is_store, open_source, prepare
 from fastambient.errors import InputError
 
 
@@ -461,3 +462,30 @@ def test_damaged_arrays(tmp_path):
     data[data.find(b"NUMPY") + 200] ^= 0xFF
     (tmp_path / "x.npz").write_bytes(data)
     assert "damaged" in error_of(tmp_path / "x.npz", read=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_named_and_not_waited_for(tmp_path):
+    folder = make_folder(tmp_path / "set", {"a.png": encoded(picture(0))})
+    os.mkfifo(folder / "b.png")
+    os.mkfifo(folder / "notes")  # never opened, so never in the way
+    assert f"{folder / 'b.png'} is no regular file" in error_of(folder)
+    assert open_source(folder, on_bad_image="skip").length == 1
+    (folder / "b.png").unlink()
+    os.mkfifo(folder / "dataset.json")
+    assert f"{folder / 'dataset.json'} is no" in error_of(folder)
+    os.mkfifo(folder / "manifest.json")
+    assert not is_store(folder)
+    for name in ("x.zip", "x.npy", "x.npz", "x"):
+        os.mkfifo(tmp_path / name)
+        assert f"{tmp_path / name} is no regular file" in error_of(tmp_path / name)
+    assert "/dev/null is no regular file" in error_of("/dev/null")
+
+
+def test_an_empty_source_is_not_the_folder_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_folder(tmp_path, {"a.png": encoded(picture(0)), "b.png": encoded(picture(1))}))
+    assert open_source(".").length == 2
+    assert error_of("").startswith("the source is empty; expected a folder")
+    prepare(open_source("."), tmp_path / "store")
+    monkeypatch.chdir(tmp_path / "store")
+    assert is_store(".") and not is_store("")

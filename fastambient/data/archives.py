@@ -43,7 +43,10 @@ class Folder:
         return str(self.path / name)
 
     def open(self, name: str) -> BinaryIO:
-        return open(self.path / name, "rb")
+        file = self.path / name
+        if file.exists() and not file.is_file():  # opening a pipe waits for its writer, a device never ends
+            raise BadEntry("is no regular file, but a pipe, a socket or a device")
+        return open(file, "rb")
 
 
 class Zip:

@@ -40,6 +40,7 @@ ON_BAD_IMAGE = ("error", "skip")
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt"}
+_EXPECTED = "a folder, a .zip, .npy or .npz file, or the word digits"
 _NAMED_SKIPS = 5  # of the skipped pictures this many are named on the console
 _T = TypeVar("_T")
 
@@ -95,6 +96,8 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
         raise InputError(f"--resolution must be between 1 and {int(MAX_PIXELS**0.5)} pixels, got {resolution}")
     if str(spec) == "digits":
         return _digits(resolution)
+    if not str(spec):  # as a path it would be the folder one is in
+        raise InputError(f"the source is empty; expected {_EXPECTED}")
     path, suffix = Path(spec), Path(spec).suffix.lower()
     try:
         if path.is_dir():
@@ -104,6 +107,8 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
             raise InputError(
                 f"the source {str(spec)!r} is no built-in data set and no such file or folder exists{hint}"
             )
+        if not path.is_file():
+            raise InputError(f"{path} is no regular file, but a pipe, a socket or a device; expected {_EXPECTED}")
         if suffix in _PICKLES:
             raise InputError(
                 f"{path} is a pickle, which can run any code and is never loaded; save an .npz of uint8 images"
@@ -114,7 +119,7 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
             return _open_array(path, resolution)
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
-    raise InputError(f"{path} is no source: expected a folder, a .zip, .npy or .npz file, or the word digits")
+    raise InputError(f"{path} is no source: expected {_EXPECTED}")
 
 
 def _load_json(files: Files, name: str) -> object:
