@@ -89,7 +89,12 @@ def prepare(
         int | None, option("training images", metavar="N", default="all that are not held out; digits: 100")
     ] = None,
     holdout: Annotated[
-        int | None, option("held-out images", metavar="N", default="10 %, at most 10,000; digits: the rest")
+        int | None,
+        option(
+            "held-out images",
+            metavar="N",
+            default="10 %, at least the 2 that evaluate needs, at most 10,000; digits: the rest",
+        ),
     ] = None,
     split_seed: Annotated[int, option("seed of the split", "--split-seed", metavar="K")] = 0,
     noisy: Annotated[Noisy, option("also store the noised images, in this dtype")] = Noisy.none,

@@ -18,6 +18,18 @@ class InputError(FastambientError):
     exit_code = 2
 
 
+def data_option(name: str, value: object) -> str:
+    """A data setting as ``prepare`` and as ``train`` take it: ``--holdout 5 (train: --set data.holdout=5)``."""
+    return f"--{name.replace('_', '-')} {value} (train: --set data.{name}={value})"
+
+
+def check_seed(name: str, seed: int, *, secret: bool = False) -> None:
+    """InputError where `seed` is no unsigned 64-bit integer, which a key of the generator is. A secret one is not
+    printed."""
+    if not 0 <= seed < 2**64:
+        raise InputError(f"{name} must be a 64-bit integer, 0 to 2^64 - 1" + ("" if secret else f", got {seed}"))
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; nearest: a, b"`` for the known names closest to `word`, or all of them where none is close."""
     names = [str(name) for name in known]

@@ -270,7 +270,7 @@ def test_large_reduction_averages(tmp_path):
 def test_sizes_without_resolution(tmp_path):
     make_folder(tmp_path, {"a.png": encoded(picture(0)), "b.png": encoded(picture(1, (8, 6)))})
     message = error_of(tmp_path)
-    assert "b.png is 8 x 6" in message and "--resolution" in message and "first is 8 x 8" in message
+    assert "b.png is 8 x 6" in message and "--resolution R (train: --set data.resolution=R)" in message and "first is 8 x 8" in message
     (tmp_path / "b.png").write_bytes(encoded(picture(1, (16, 16))))
     assert "b.png is 16 x 16" in error_of(tmp_path)
     assert len(read_all(open_source(tmp_path, resolution=8))) == 2
@@ -319,8 +319,8 @@ def test_unknown_sources(tmp_path):
     file = tmp_path / "picture.png"
     file.write_bytes(encoded(picture(0)))
     assert "expected a folder" in error_of(file)
-    assert "between 1 and 8000" in error_of("digits", resolution=0)
-    assert "between 1 and 8000" in error_of("digits", resolution=10**6)
+    assert "expected 1 to 8000" in error_of("digits", resolution=0)
+    assert "expected 1 to 8000" in error_of("digits", resolution=10**6)
     assert "error, skip" in error_of("digits", on_bad_image="ignore")
 
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from fastambient.data import Store, image_id, image_ids, is_store, open_source, prepare
+from fastambient.data.order import permutation
 from fastambient.data.shards import ShardedArray, write_npy
 from fastambient.errors import FastambientError, InputError
+from fastambient.evaluation import evaluate
 from fastambient.files import sha256_file
 from fastambient_kernels.ambient import ambient_noise
 from fastambient_kernels.noise import Stream, normal
@@ -60,7 +62,7 @@ def test_manifest(tmp_path, source):
     assert manifest["format"] == "fastambient-store" and manifest["version"] == 1 and manifest["source"] == "set.npz"
     assert manifest["shape"] == [3, 8, 8] and manifest["labels"] == {"num_classes": 5, "names": None}
     assert manifest["counts"] == {"images": 60, "skipped": 0}
-    assert manifest["split"] == {"seed": 3, "train": 54, "holdout": 6, "duplicates": 0}
+    assert manifest["split"] == {"seed": 3, "train": 54, "holdout": 6, "duplicates": 0, "mirrored_pairs": 0}
     on_disk = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
     sides = {f"{side}/{name}.npy" for side in ("train", "holdout") for name in ("images-00000", "ids", "labels")}
     assert set(manifest["files"]) == sides and on_disk == {*sides, "manifest.json", "noise_seed"}
@@ -137,10 +139,11 @@ def test_noise_seeds(tmp_path, source):
         drawn.add(prepare(source, tmp_path / name).noise_seed)
     assert len(drawn) == 2, "a secret comes from the system, not from a generator that anybody can seed"
     assert max(drawn) > 2**40
-    assert prepare(source, tmp_path / "c", noise_seed=-1).noise_seed == 2**64 - 1
-    with pytest.raises(InputError, match="64 bits") as caught:
-        prepare(source, tmp_path / "d", noise_seed=2**64 + 12345)
-    assert "12345" not in str(caught.value)
+    assert prepare(source, tmp_path / "c", noise_seed=2**64 - 1).noise_seed == 2**64 - 1
+    for bad in (2**64 + 12345, -12345):
+        with pytest.raises(InputError, match="--noise-seed must be a 64-bit integer") as caught:
+            prepare(source, tmp_path / "d", noise_seed=bad)
+        assert "12345" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 5e-4)])
@@ -209,23 +212,28 @@ def test_duplicates_never_straddle(tmp_path):
 def test_counts_that_duplicates_forbid(tmp_path):
     pairs = array_source(tmp_path, np.repeat(IMAGES[:10], 2, axis=0))
     with pytest.raises(
-        InputError, match=r"--train 7 would put copies .* 20 images of 10 distinct pictures; pass 6 instead"
+        InputError, match=r"train 7 would put copies .* 20 images of 10 distinct pictures; pass --train 6 "
     ):
         prepare(pairs, tmp_path / "store", train=7)
     store = prepare(pairs, tmp_path / "store")
     assert (len(store.train), len(store.holdout)) == (18, 2)
-    copies = array_source(tmp_path, np.repeat(IMAGES[:1], 3, axis=0), "copies")
-    with pytest.raises(InputError, match="3 images of 1 distinct pictures; pass 3 instead"):
+    copies = array_source(tmp_path, np.repeat(IMAGES[:1], 4, axis=0), "copies")
+    with pytest.raises(InputError, match="4 images of 1 distinct pictures; pass --train 4 "):
         prepare(copies, tmp_path / "copies")
-    assert len(prepare(copies, tmp_path / "copies", train=3).train) == 3
+    assert len(prepare(copies, tmp_path / "copies", train=4).train) == 4
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"train": 61}, "60 images: --train 61"),
-        ({"holdout": 60}, "--train 0 and --holdout 60"),
-        ({"train": 40, "holdout": 21}, "--train 40 and --holdout 21 do not fit"),
+        ({"train": 61}, "60 images, too few for --train 61 (train: --set data.train=61): at least"),
+        ({"holdout": 60}, "60 images, too few for --holdout 60 (train: --set data.holdout=60): at least"),
+        ({"holdout": 148}, "60 images, too few for --holdout 148 (train: --set data.holdout=148): at least"),
+        (
+            {"train": 40, "holdout": 21},
+            "60 images, too few for --train 40 (train: --set data.train=40) and --holdout 21",
+        ),
+        ({"split_seed": -1}, "--split-seed must be a 64-bit integer, 0 to 2^64 - 1, got -1"),
         ({"train": 0}, "--train must be 1 or more, got 0"),
         ({"holdout": -1}, "--holdout must be 0 or more, got -1"),
         ({"sigma_tn": -0.1}, "--sigma-tn must be a finite number, 0 or more, got -0.1"),
@@ -242,11 +250,33 @@ def test_bad_numbers(tmp_path, source, options, words):
     assert [path.name for path in tmp_path.iterdir()] == ["set.npz"]
 
 
-def test_one_image_and_few(tmp_path):
-    store = prepare(array_source(tmp_path, IMAGES[:1]), tmp_path / "one")
-    assert (len(store.train), len(store.holdout)) == (1, 0) and store.holdout.images[:].shape == (0, 3, 8, 8)
-    store = prepare(array_source(tmp_path, IMAGES[:4]), tmp_path / "few")
-    assert (len(store.train), len(store.holdout)) == (3, 1)
+def test_few_images_hold_out_what_an_evaluation_needs_or_say_that_they_cannot(tmp_path, capsys):
+    for number, sides in {1: (1, 0), 3: (3, 0), 4: (2, 2), 12: (10, 2), 29: (27, 2), 30: (27, 3)}.items():
+        store = prepare(array_source(tmp_path, IMAGES[:number]), tmp_path / f"{number}")
+        assert (len(store.train), len(store.holdout)) == sides and store.holdout.images[:].shape == (sides[1], 3, 8, 8)
+        warning = f"{sides[0]} different ones train and {sides[1]} are held out, where evaluate needs 2 of each"
+        assert (warning in capsys.readouterr().err) == (min(sides) < 2)
+        if min(sides) >= 2:
+            evaluate(IMAGES, store.train.images[:], store.holdout.images[:], bootstrap=1, settings={})
+    prepare(array_source(tmp_path, IMAGES[:12]), tmp_path / "asked", holdout=1)
+    assert "11 different ones train and 1 are held out" in capsys.readouterr().err
+
+
+def test_mirror_images_stay_on_one_side_and_are_counted(tmp_path):
+    """A run with x-flips would train on a held-out image, and see two noised observations of one picture."""
+    twins = np.concatenate([IMAGES[:20], IMAGES[:20, :, :, ::-1], IMAGES[20:30]])
+    source = array_source(tmp_path, twins[RNG.permutation(50)])
+    for seed in range(3):
+        store = prepare(source, tmp_path / f"{seed}", split_seed=seed, train=30)
+        mirrored = image_ids(np.ascontiguousarray(store.train.images[:][..., ::-1])).numpy()
+        assert not set(mirrored) & set(store.holdout.ids)
+        assert store.manifest["split"]["mirrored_pairs"] == np.isin(mirrored, store.train.ids).sum() / 2 > 0
+        assert store.manifest["split"]["duplicates"] == 0
+    plain, alike = (IMAGES[:30], np.concatenate([IMAGES[:5, ..., :4], IMAGES[:5, ..., 3::-1]], axis=3))
+    both = prepare(array_source(tmp_path, alike, "alike"), tmp_path / "alike")
+    assert both.manifest["split"]["mirrored_pairs"] == 0, "a symmetric image is no pair"
+    before = prepare(array_source(tmp_path, plain, "plain"), tmp_path / "plain", train=10)
+    assert set(before.train.ids) == set(np.sort(image_ids(plain).numpy())[permutation(30, seed=0).numpy()[:10]])
 
 
 def test_existing_folders(tmp_path, source):
@@ -434,6 +464,6 @@ def test_real_zip(tmp_path):
             entries.append([name, int(LABELS[i])])
         archive.writestr("dataset.json", json.dumps({"labels": entries}))
     store = prepare(open_source(path), tmp_path / "store", train=8, sigma_tn=0.75, noisy="float16")
-    assert store.shape == (3, 32, 32) and (len(store.train), len(store.holdout)) == (8, 1)
+    assert store.shape == (3, 32, 32) and (len(store.train), len(store.holdout)) == (8, 2)
     assert store.num_classes == 5 and store.train.noisy.dtype == np.float16
     assert Store.open(store.path).manifest == store.manifest

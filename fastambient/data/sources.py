@@ -33,7 +33,7 @@ from PIL import Image
 from fastambient.console import progress, warn
 from fastambient.data.archives import ZIP_ERRORS, Files, Folder, Zip, open_entry, open_zip
 from fastambient.data.decode import MAX_PIXELS, BadEntry, fit, is_grey, to_8_bits, to_array, use_image
-from fastambient.errors import InputError, did_you_mean
+from fastambient.errors import InputError, data_option, did_you_mean
 
 MAX_CLASSES = 1 << 20  # labels become one-hot vectors
 ON_BAD_IMAGE = ("error", "skip")
@@ -93,7 +93,8 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
     if on_bad_image not in ON_BAD_IMAGE:
         raise InputError(f"--on-bad-image must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image!r}")
     if resolution is not None and not 1 <= resolution <= MAX_PIXELS**0.5:
-        raise InputError(f"--resolution must be between 1 and {int(MAX_PIXELS**0.5)} pixels, got {resolution}")
+        given = data_option("resolution", resolution)
+        raise InputError(f"{given}: expected 1 to {int(MAX_PIXELS**0.5)} pixels")
     if str(spec) == "digits":
         return _digits(resolution)
     if not str(spec):  # as a path it would be the folder one is in
@@ -177,7 +178,7 @@ def _check_size(size: tuple[int, int], first: tuple[int, int], where: str) -> No
         other = f" (the first is {first[0]} x {first[1]})" if size != first else ""
         raise InputError(
             f"{where} is {size[0]} x {size[1]} pixels, but images must be square and of one size{other}; "
-            "pass --resolution R to crop and resize all of them"
+            f"pass {data_option('resolution', 'R')} to crop and resize all of them"
         )
 
 
@@ -221,7 +222,8 @@ class _Pictures(Source):
         except BadEntry as error:
             where = self._files.where(name)
             if not self._skip_bad:
-                raise InputError(f"{where} {error}; repair or remove it, or pass --on-bad-image skip") from error
+                remedy = f"repair or remove it, or pass {data_option('on_bad_image', 'skip')}"
+                raise InputError(f"{where} {error}; {remedy}") from error
             if name not in self.skipped and len(self.skipped) < _NAMED_SKIPS:
                 warn(f"skipped: {where} {error}")
             self.skipped[name] = str(error)

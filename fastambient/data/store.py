@@ -34,7 +34,7 @@ from fastambient.data.ids import image_id
 from fastambient.data.order import permutation
 from fastambient.data.shards import ShardedArray, write_npy
 from fastambient.data.sources import Source
-from fastambient.errors import FastambientError, InputError
+from fastambient.errors import FastambientError, InputError, check_seed, data_option
 from fastambient.files import new_folder, refuse_existing, sha256_file, write_bytes, write_json
 from fastambient_kernels.noise import Stream, normal
 
@@ -43,6 +43,7 @@ VERSION = 1
 NOISY: dict[str, type | None] = {"none": None, "float16": np.float16, "float32": np.float32}
 SHARD_BYTES = 256 << 20
 
+_MIN_SIDE = 2  # different images on either side that an evaluation needs: a nearest and a second nearest
 _MAX_HOLDOUT = 10_000
 _CHUNK = 512  # images noised or counted at once
 
@@ -74,7 +75,8 @@ def prepare(
     """Read a source once and write it as a store.
 
     The split divides distinct pictures, by a permutation of their ids: it depends on the pictures, the counts and
-    `split_seed`, not on file names. Exact duplicates stay in the data, all copies on one side.
+    `split_seed`, not on file names. Exact duplicates stay in the data, all copies on one side, and mirror images with
+    them: a run with x-flips trains on both.
 
     Parameters
     ----------
@@ -82,8 +84,8 @@ def prepare(
     out : the folder to make
     sigma_tn : noise level of the training set, in units of the [-1, 1] images; needed for noised copies
     noise_seed : seed of the fixed noise, 64 bits; default: 64 bits from the operating system. A secret.
-    train, holdout : numbers of images. By default a tenth is held out (at most 10,000) and the rest trains; of the
-        built-in digits 100 train and the rest is held out.
+    train, holdout : numbers of images. By default a tenth is held out (at least 2, which an evaluation needs, of 4
+        images on; at most 10,000) and the rest trains; of the built-in digits 100 train and the rest is held out.
     split_seed : which images train, 64 bits
     noisy : "none", or the dtype of stored noised training images: "float16", "float32"
     force : replace an existing store (never another kind of folder)
@@ -100,21 +102,27 @@ def prepare(
     )
     if noise_seed is None:
         noise_seed = secrets.randbits(64)
-    elif not -(2**63) <= noise_seed < 2**64:
-        raise InputError("the noise seed must fit in 64 bits")  # never print it
+    check_seed("--noise-seed", noise_seed, secret=True)
     try:
         with new_folder(out, force=force) as folder:
             manifest = _write(
                 folder, source, sigma_tn=sigma_tn, noise_seed=noise_seed, train=train, holdout=holdout,
                 split_seed=split_seed, noisy=noisy, shard_bytes=shard_bytes,
             )  # fmt: skip
-            write_bytes(folder / "noise_seed", f"{noise_seed % 2**64:016x}\n".encode(), mode=0o600)
+            write_bytes(folder / "noise_seed", f"{noise_seed:016x}\n".encode(), mode=0o600)
             write_json(folder / "manifest.json", manifest)
     except OSError as error:
         raise FastambientError(
             f"the store {out} could not be written: {error.strerror or error}; nothing was left behind"
         ) from error
-    return Store.open(out, verify=False)
+    store = Store.open(out, verify=False)
+    there = [len(np.unique(side.ids)) for side in (store.train, store.holdout)]
+    if min(there) < _MIN_SIDE:
+        warn(
+            f"too few images to evaluate a run: {there[0]} different ones train and {there[1]} are held out, where "
+            f"evaluate needs {_MIN_SIDE} of each"
+        )
+    return store
 
 
 def _check_arguments(
@@ -131,8 +139,7 @@ def _check_arguments(
         raise InputError(f"--train must be 1 or more, got {train}")
     if holdout is not None and holdout < 0:
         raise InputError(f"--holdout must be 0 or more, got {holdout}")
-    if not -(2**63) <= split_seed < 2**64:
-        raise InputError(f"--split-seed must fit in 64 bits, got {split_seed}")
+    check_seed("--split-seed", split_seed)
     refuse_existing(out, force=force)
     if out.is_dir() and any(out.iterdir()) and not is_store(out):
         raise InputError(f"{out} is no store, so --force does not replace it; choose another name")
@@ -145,9 +152,9 @@ def _write(
     shape = (source.channels, source.resolution, source.resolution)
     # Which side a picture belongs to is known when all ids are: pictures are decoded once, into a scratch file.
     scratch = folder / "decoded"
-    ids, labels = _decode(source, scratch)
+    ids, pictures, labels = _decode(source, scratch)
     decoded = np.memmap(scratch, np.uint8, mode="r", shape=(len(ids), *shape))
-    sides = dict(zip(("train", "holdout"), _split(ids, source, train, holdout, split_seed), strict=True))
+    sides = dict(zip(("train", "holdout"), _split(pictures, source, train, holdout, split_seed), strict=True))
     shard_rows = max(1, shard_bytes // math.prod(shape))
     dtype, histogram = NOISY[noisy], np.zeros(256, np.int64)
     with progress(f"writing {source.name}", sum(map(len, sides.values()))) as advance:
@@ -183,6 +190,8 @@ def _write(
         "split": {
             "seed": split_seed, "train": len(sides["train"]), "holdout": len(sides["holdout"]),
             "duplicates": len(ids) - len(np.unique(ids)),
+            # of training images: both an image and its mirror image are there
+            "mirrored_pairs": len(np.unique(ids[sides["train"]])) - len(np.unique(pictures[sides["train"]])),
         },
         "files": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in files
@@ -190,40 +199,45 @@ def _write(
     }  # fmt: skip
 
 
-def _decode(source: Source, scratch: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Append every picture's pixels to a file; (ids, labels), int64 [N] each."""
-    ids, labels = [], []
+def _decode(source: Source, scratch: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Append every picture's pixels to a file; (ids, pictures, labels), int64 [N] each. `pictures` are the ids, but an
+    image and its mirror image, where both are there, are one picture."""
+    ids, mirrored, labels = [], [], []
     with open(scratch, "wb") as file, progress(f"reading {source.name}", source.length) as advance:
         for _, image, label in source.read():
             file.write(image.tobytes())
             ids.append(image_id(image))
+            mirrored.append(image_id(image[..., ::-1]))
             labels.append(label)
             advance(1)
     if source.skipped:
         warn(f"{len(source.skipped):,} of {len(source.skipped) + len(ids):,} images were skipped")
     if not ids:
         raise InputError(f"no image of {source.name} can be read")
-    return np.array(ids, np.int64), np.array(labels, np.int64)
+    images, mirrors = np.array(ids, np.int64), np.array(mirrored, np.int64)
+    pictures = np.where(np.isin(mirrors, images), np.minimum(images, mirrors), images)
+    return images, pictures, np.array(labels, np.int64)
 
 
 def _split(
-    ids: np.ndarray, source: Source, train: int | None, holdout: int | None, seed: int
+    pictures: np.ndarray, source: Source, train: int | None, holdout: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of both sides, ascending. Copies of one picture never straddle."""
-    n = len(ids)
+    n = len(pictures)
     asked = {"train": train, "holdout": holdout}
     if holdout is None:
-        holdout = min(max(n // 10, int(n > 1)), _MAX_HOLDOUT, n - min(train or 1, n))
+        least = _MIN_SIDE if n >= 2 * _MIN_SIDE else 0
+        holdout = min(max(n // 10, least), _MAX_HOLDOUT, n - min(train or 1, n))
         if source.default_train is not None:
             holdout = n - min(train or source.default_train, n)
     if train is None:
         train = n - holdout if source.default_train is None else min(source.default_train, n - holdout)
     if train < 1 or train + holdout > n:
+        given = " and ".join(data_option(name, value) for name, value in asked.items() if value is not None)
         raise InputError(
-            f"{source.name} has {n:,} images: --train {train} and --holdout {holdout} do not fit; "
-            "at least one image must train, and none does both"
+            f"{source.name} has {n:,} images, too few for {given}: at least one image must train, and none does both"
         )
-    _, group, sizes = np.unique(ids, return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(pictures, return_inverse=True, return_counts=True)
     side = np.zeros(len(sizes), np.int8)  # 0: unused
     takes_rest = train + holdout == n
     free = permutation(len(sizes), seed=seed).numpy()
@@ -234,8 +248,8 @@ def _split(
         count = int(sizes[taken].sum())
         if asked[name] not in (None, count) or (name == "train" and not count):
             raise InputError(
-                f"--{name} {wanted} would put copies of one picture on both sides: {source.name} holds {n:,} images "
-                f"of {len(sizes):,} distinct pictures; pass {count or n} instead"
+                f"{name} {wanted} would put copies or mirror images of one picture on both sides: {source.name} holds "
+                f"{n:,} images of {len(sizes):,} distinct pictures; pass {data_option(name, count or n)} instead"
             )
     sides = side[group]
     return np.flatnonzero(sides == 1), np.flatnonzero(sides == 2)

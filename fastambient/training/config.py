@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from fastambient.diffusion.ambient import default_sigma_tn
-from fastambient.errors import InputError, did_you_mean
+from fastambient.errors import InputError, check_seed, did_you_mean
 from fastambient.models.presets import PRESETS, default_preset
 from fastambient.sampling import SamplingSettings, check_sampling
 
@@ -29,7 +29,7 @@ class DataSettings:
     source: str = "digits"  # SOURCE or STORE
     resolution: int | None = None  # pixels; None: the source's own
     train: int | None = None  # training images; None: all that are not held out (digits: 100)
-    holdout: int | None = None  # held-out images; None: 10 %, at most 10,000 (digits: all that do not train)
+    holdout: int | None = None  # held-out images; None: 10 %, 2 to 10,000 (digits: all that do not train)
     split_seed: int = 0
     noisy: Literal["none", "float16", "float32"] = "none"  # precomputed noised copy; none: regenerated every step
     on_bad_image: Literal["error", "skip"] = "error"
@@ -270,7 +270,9 @@ def check(settings: Settings) -> None:
     finite("noise.P_std", n.P_std, above=0)
     need(math.isfinite(n.P_mean), "noise.P_mean", n.P_mean, "finite")
     d = settings.data
-    need(-(2**63) <= d.split_seed < 2**64, "data.split_seed", d.split_seed, "a 64-bit integer")
+    need(d.train is None or d.train >= 1, "data.train", d.train, "1 or more")
+    need(d.holdout is None or d.holdout >= 0, "data.holdout", d.holdout, "0 or more")
+    check_seed("data.split_seed", d.split_seed)
     need(math.isfinite(t.kimg) and t.kimg * 1000 >= 1, "training.kimg", t.kimg, "0.001 (one image) or more")
     need(t.batch >= 1, "training.batch", t.batch, "1 or more")
     need(t.batch_gpu is None or t.batch_gpu >= 1, "training.batch_gpu", t.batch_gpu, "1 or more")
@@ -289,7 +291,7 @@ def check(settings: Settings) -> None:
             f"training.augment_ambient reference noises augmented images anew, data.noisy {settings.data.noisy} holds"
             " noised ones; use data.noisy none"
         )
-    need(-(2**63) <= t.seed < 2**64, "training.seed", t.seed, "a 64-bit integer")
+    check_seed("training.seed", t.seed)
     need(t.ranks >= 1, "training.ranks", t.ranks, "1 or more")
     need(t.keep_checkpoints >= 1, "training.keep_checkpoints", t.keep_checkpoints, "1 or more")
     finite("training.checkpoint_kimg", t.checkpoint_kimg or 0, above=0)

@@ -19,7 +19,7 @@ from fastambient.console import say
 from fastambient.data.sources import Source, open_source
 from fastambient.data.store import Store, is_store, prepare
 from fastambient.diffusion.ambient import share_message
-from fastambient.errors import FastambientError, InputError
+from fastambient.errors import FastambientError, InputError, check_seed
 from fastambient.files import new_folder, refuse_existing
 from fastambient.training import checkpoint
 from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
@@ -65,8 +65,8 @@ def plan(request: TrainRequest) -> Plan:
     ------
     InputError : anything wrong with the request
     """
-    if request.noise_seed is not None and not 0 <= request.noise_seed < 2**64:
-        raise InputError("--noise-seed must be a 64-bit integer from 0 on")  # never print it
+    if request.noise_seed is not None:
+        check_seed("--noise-seed", request.noise_seed, secret=True)
     options = {k: dict(v) for k, v in (request.options or {}).items()}
     tree = read_yaml(request.config) if request.config else {}
     if request.data is not None:
