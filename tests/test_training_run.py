@@ -245,7 +245,7 @@ def test_stores_and_the_command_line(tmp_path):
     plan(TrainRequest(data=str(plain.path), assignments=leaking))
     with pytest.raises(InputError, match=r"augment_ambient reference .* use data\.noisy none"):
         plan(TrainRequest(data=str(noisy.path), assignments=leaking))
-    with pytest.raises(InputError, match="from 0 on") as refused:
+    with pytest.raises(InputError, match=r"0 to 2\^64 - 1") as refused:
         plan(TrainRequest(noise_seed=2**64 + 12345))
     assert "12345" not in str(refused.value)
     with pytest.raises(InputError, match="holds 100; prepare another"):
@@ -262,6 +262,31 @@ def test_stores_and_the_command_line(tmp_path):
         losses.append([row["loss"] for row in read_stats(run)])
     assert losses[0] == pytest.approx(losses[1], rel=2e-2), "the precomputed copy gives the same training"
     assert losses[0] != losses[1]
+
+
+def test_a_stores_noise_seed_at_another_level_is_a_warning(tmp_path, capsys):
+    source = open_source("digits")
+    stores = {s: str(prepare(source, tmp_path / f"{s}", sigma_tn=s, noise_seed=5).path) for s in (None, 0.3)}
+
+    def warned(level, sigma_tn, *assignments, noise_seed=None):
+        run = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        make_run(run, f"noise.sigma_tn={sigma_tn}", *assignments, data=stores[level], noise_seed=noise_seed)
+        return "give runs at several levels a --noise-seed each" in capsys.readouterr().err
+
+    assert warned(0.3, 0.4) and warned(None, 0.4)
+    assert not warned(0.3, 0.3) and not warned(0.3, 0) and not warned(0.3, 0.4, noise_seed=9)
+    assert not warned(0.3, 0.4, "noise.mode=fresh")
+
+
+def test_mirrored_pairs_are_a_warning_under_x_flips(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "twins.npy", np.concatenate([images, images[:3, :, ::-1]]))
+    expected = {"data.xflip=true": True, "training.augment=0.1": True, "data.xflip=false": False}
+    expected |= {"data.xflip=true noise.sigma_tn=0": False}
+    for number, (assignments, warned) in enumerate(expected.items()):
+        options = ("data.train=23", "data.holdout=0", "training.kimg=0.008", *assignments.split())
+        train_here(make_run(tmp_path / f"{number}", *options, data=str(tmp_path / "twins.npy")))
+        assert ("3 pairs of training images mirror each other" in capsys.readouterr().err) == warned, assignments
 
 
 def test_another_store_in_the_place_of_a_runs_own_is_refused(tmp_path):

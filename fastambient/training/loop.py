@@ -260,7 +260,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
             f"{trainer.store.resolution}x{trainer.store.resolution}, {world.size} rank(s) on {world.device.type}, "
             f"{s.training.precision}")  # fmt: skip
         say(f"{message}; sigma_data {n.sigma_data:.4g}")
-        for note in filter(None, (warning, *_notes(s))):
+        for note in filter(None, (warning, *_notes(s, trainer.store))):
             warn(note)
         if resume:
             at = f"from {trainer.nimg / 1000:g} kimg" if resumed else "from the start: no checkpoint was written yet"
@@ -268,10 +268,16 @@ def train(path: Path, world: World, *, resume: bool) -> None:
     trainer.train()
 
 
-def _notes(s: Settings) -> list[str]:
+def _notes(s: Settings, store: Store) -> list[str]:
     """What a user should hear once before a run that is not what it seems."""
     notes = []
     t = s.training
+    pairs = store.manifest["split"].get("mirrored_pairs", 0)  # older stores did not count
+    if pairs and s.noise.sigma_tn and (s.data.xflip or t.augment > 0):
+        notes.append(
+            f"{pairs:,} pairs of training images mirror each other, each with a noise of its own: under x-flips two noised"
+            " observations of one picture; leave one of each pair out, or set data.xflip false and training.augment 0"
+        )
     if t.precision == "bf16" and t.device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         notes.append("precision bf16: this CPU has no bfloat16 units, so float32 is many times faster here")
     if s.noise.mode == "fresh" and s.noise.sigma_tn:

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from fastambient import models
-from fastambient.console import say
+from fastambient.console import say, warn
 from fastambient.data.sources import Source, open_source
 from fastambient.data.store import Store, is_store, prepare
 from fastambient.diffusion.ambient import share_message
@@ -148,6 +148,12 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
             store = plan.data
             run.pin_store(store)
             seed = store.noise_seed if plan.noise_seed is None else plan.noise_seed
+            if plan.noise_seed is None and n.mode == "fixed" and n.sigma_tn and n.sigma_tn != store.sigma_tn:
+                warn(  # which runs there are is not known, and the noise contract has no place for sigma_tn
+                    f"the noise seed of {store.path} serves every run on it, and who has an image noised at"
+                    f" {n.sigma_tn:g} and at another sigma_tn has the image: give runs at several levels a"
+                    " --noise-seed each (64 random bits), or a store each"
+                )
             source = str(store.path.resolve())
         else:
             store = prepare(
