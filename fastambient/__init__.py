@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from fastambient_kernels import ambient_noise as ambient_noise
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)

@@ -5,10 +5,12 @@ Results (tables, JSON) go to stdout; everything here goes to stderr, so that a p
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -29,6 +31,15 @@ def say(message: str) -> None:
 
 def warn(message: str) -> None:
     console().print(f"warning: {message}")
+
+
+def program() -> str:
+    """This program as it was called, for a line to be pasted into a shell: ``.venv/bin/fastambient``, or
+    ``python -m fastambient``; the bare name where another program uses the library."""
+    called = Path(sys.argv[0])
+    if called.parts[-2:] == ("fastambient", "__main__.py"):
+        return f"{shlex.quote(sys.orig_argv[0])} -m fastambient"
+    return shlex.quote(str(called)) if called.stem == "fastambient" else "fastambient"
 
 
 def duration(seconds: float) -> str:

@@ -107,6 +107,18 @@ def new_folder(path: Path, *, force: bool = False, marker: str | None = None) ->
                 parent.rmdir()
 
 
+def check_parent(path: Path) -> None:
+    """InputError where no file can be made at `path`: it is a folder, or what its parents begin with is no folder that
+    may be written to."""
+    place = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    if not place.is_dir():
+        raise InputError(f"{path} cannot be made: {place} is a file; choose another name")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be made: {place} is not writable; choose another name")
+
+
 def refuse_existing(path: Path, *, force: bool = False, marker: str | None = None) -> None:
     """InputError where `path` exists (an empty folder may), unless `force`; and even then where it is a file, the
     folder one is in, or a folder without the file `marker`: ``--force`` replaces what this program made, not

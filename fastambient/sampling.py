@@ -24,7 +24,7 @@ from fastambient.console import progress
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.diffusion.samplers import heun
 from fastambient.errors import FastambientError, InputError
-from fastambient.files import new_folder, write_bytes
+from fastambient.files import check_parent, new_folder, write_bytes
 from fastambient.pictures import GRID_NAME, grid, save_png, to_uint8
 from fastambient_kernels import Stream, normal
 from fastambient_kernels.noise import random_words
@@ -279,6 +279,7 @@ def write_samples(
         if out.suffix == ".npz":
             if out.exists() and not force:
                 raise InputError(f"{out} exists; choose another name or pass --force to replace it")
+            check_parent(out)  # found now, not after the sampling
             pictures = sample(denoiser, seeds, steps=steps, class_index=class_index, batch=batch, on_batch=advance)
             out.parent.mkdir(parents=True, exist_ok=True)
             _write_npz(out, pictures.numpy(), seeds)

@@ -230,7 +230,7 @@ def test_signals_end_with_a_checkpoint_and_the_line_that_resumes(tmp_path, signu
     child.send_signal(signum)
     _, err = child.communicate(timeout=60)
     assert child.returncode == code, err
-    assert "resume with: fastambient train --resume run" in err and "Traceback" not in err
+    assert f"resume with: {sys.executable} -m fastambient train --resume run" in err and "Traceback" not in err
     nimg = read_stats(tmp_path / "run")[-1]["nimg"]
     assert (tmp_path / "run" / "checkpoints" / f"nimg-{nimg:012d}").is_dir()
 
@@ -329,6 +329,6 @@ def test_two_ranks_stop_together(tmp_path):
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=90)
     assert child.returncode == 143, err
-    assert "resume with: fastambient train --resume run" in err and "Traceback" not in err
+    assert f"resume with: {sys.executable} -m fastambient train --resume run" in err and "Traceback" not in err
     nimg = read_stats(tmp_path / "run")[-1]["nimg"]
     assert (tmp_path / "run" / "checkpoints" / f"nimg-{nimg:012d}").is_dir()

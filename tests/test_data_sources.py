@@ -270,7 +270,8 @@ def test_large_reduction_averages(tmp_path):
 def test_sizes_without_resolution(tmp_path):
     make_folder(tmp_path, {"a.png": encoded(picture(0)), "b.png": encoded(picture(1, (8, 6)))})
     message = error_of(tmp_path)
-    assert "b.png is 8 x 6" in message and "--resolution R (train: --set data.resolution=R)" in message and "first is 8 x 8" in message
+    assert "b.png is 8 x 6" in message and "first is 8 x 8" in message
+    assert "pass --resolution R (train: --set data.resolution=R) to" in message
     (tmp_path / "b.png").write_bytes(encoded(picture(1, (16, 16))))
     assert "b.png is 16 x 16" in error_of(tmp_path)
     assert len(read_all(open_source(tmp_path, resolution=8))) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastambient.errors import InputError
-from fastambient.files import new_folder
+from fastambient.files import check_parent, new_folder
 
 
 def make(path, **options):
@@ -34,3 +34,16 @@ def test_nothing_is_replaced_that_is_no_folder_of_ours(name, tmp_path, monkeypat
             make(where, force=True)
     assert [p.name for p in tmp_path.rglob("*")] == ["here", "file"]
     assert (tmp_path / "here" / "file").read_text() == "mine"
+
+
+def test_where_no_file_can_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    check_parent(tmp_path / "file")  # may be replaced
+    check_parent(tmp_path / "new" / "folders" / "x.npz")
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.npz", f"{tmp_path / 'file'} is a file")):
+        with pytest.raises(InputError, match=message):
+            check_parent(path)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # the rights of root say nothing
+    with pytest.raises(InputError, match=f"{tmp_path} is not writable"):
+        check_parent(tmp_path / "new" / "x.npz")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+import fastambient
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
@@ -27,6 +29,12 @@ def test_the_example_trains_someone_elses_module():
         return names["ambient_loss"](F, *names["data"], **names["noise"]).mean().item()
 
     assert loss(trained) < 0.9 * loss(fresh)
+
+
+def test_what_the_package_offers_is_listed():
+    offered = set(re.search(r"from fastambient import (.*)", README).group(1).split(", "))
+    assert offered <= set(fastambient.__all__) <= set(dir(fastambient))
+    assert all(hasattr(fastambient, name) for name in dir(fastambient))
 
 
 def test_the_first_screen_shows_the_two_commands():

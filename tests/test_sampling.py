@@ -135,6 +135,16 @@ def test_files_and_refusals(tmp_path):
     assert not (tmp_path / "bad").exists(), "an error leaves nothing behind"
 
 
+@pytest.mark.parametrize("out", ["file/x.npz", "file/x", "folder.npz"])
+def test_a_place_that_cannot_be_written_is_found_before_sampling(out, tmp_path, monkeypatch):
+    model = weights(tmp_path / "model.safetensors")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.npz").mkdir()
+    monkeypatch.setattr("fastambient.sampling.sample", lambda *a, **k: pytest.fail("sampled first"))
+    with pytest.raises(InputError, match=r"is a file|is a folder"):
+        write_samples(model, [0], tmp_path / out, force=True)
+
+
 def test_pickles_are_refused_unread(tmp_path):
     for suffix in (".pkl", ".pt", ".pth", ".ckpt"):
         file = tmp_path / f"model{suffix}"

@@ -9,6 +9,7 @@ import signal
 import stat
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,22 @@ def test_nothing_but_the_seeds_own_files_depends_on_it(tmp_path):
     assert differing == {"noise_seed", "store/noise_seed"}
     exported = [loop.Trainer(RunFolder(path), World()).metadata() for path in (first, second)]
     assert exported[0] == exported[1]
+
+
+@pytest.mark.parametrize(
+    ("argv0", "python", "shown"),
+    [
+        (".venv/bin/fastambient", "/usr/bin/python3", ".venv/bin/fastambient"),
+        ("/my env/bin/fastambient", "/usr/bin/python3", "'/my env/bin/fastambient'"),
+        ("/lib/fastambient/__main__.py", ".venv/bin/python", ".venv/bin/python -m fastambient"),
+        ("/lib/pytest/__main__.py", "python", "fastambient"),
+    ],
+)
+def test_the_line_that_resumes_is_what_the_user_would_type(argv0, python, shown, monkeypatch):
+    monkeypatch.setattr("sys.argv", [argv0, "train"])
+    monkeypatch.setattr("sys.orig_argv", [python, argv0, "train"])
+    assert loop.how_to_resume(Path("runs/mine")) == f"resume with: {shown} train --resume runs/mine"
+    assert loop.how_to_resume(Path("my runs/a")).endswith("train --resume 'my runs/a'")
 
 
 def test_resume_from_every_checkpoint_is_bit_for_bit(tmp_path):

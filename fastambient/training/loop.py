@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shlex
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastambient import models
-from fastambient.console import duration, say, warn
+from fastambient.console import duration, program, say, warn
 from fastambient.data.resident import ResidentLoader
 from fastambient.data.store import Store
 from fastambient.diffusion.ambient import share_message
@@ -48,6 +49,10 @@ class Interrupted(FastambientError):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def how_to_resume(path: Path) -> str:
+    return f"resume with: {program()} train --resume {shlex.quote(str(path))}"
 
 
 class StopSignal:
@@ -226,7 +231,7 @@ class Trainer:
                     raise Interrupted(
                         signum,
                         f"stopped by {name} at {self.nimg / 1000:g} kimg, checkpoint written;"
-                        f" resume with: fastambient train --resume {self.run.path}",
+                        f" {how_to_resume(self.run.path)}",
                     )
             self.seconds += time.perf_counter() - began
         if self.monitor is not None:
@@ -275,8 +280,8 @@ def _notes(s: Settings, store: Store) -> list[str]:
     pairs = store.manifest["split"].get("mirrored_pairs", 0)  # older stores did not count
     if pairs and s.noise.sigma_tn and (s.data.xflip or t.augment > 0):
         notes.append(
-            f"{pairs:,} pairs of training images mirror each other, each with a noise of its own: under x-flips two noised"
-            " observations of one picture; leave one of each pair out, or set data.xflip false and training.augment 0"
+            f"{pairs:,} pairs of training images mirror each other, each with a noise of its own: under x-flips two"
+            " noised observations of one picture; leave one of each pair out, or set data.xflip false and training.augment 0"
         )
     if t.precision == "bf16" and t.device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         notes.append("precision bf16: this CPU has no bfloat16 units, so float32 is many times faster here")

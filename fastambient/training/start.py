@@ -33,7 +33,7 @@ from fastambient.training.distributed import (
     run_from_first,
 )
 from fastambient.training.estimate import estimate_run
-from fastambient.training.loop import Interrupted, train
+from fastambient.training.loop import Interrupted, how_to_resume, train
 from fastambient.training.run import RunFolder
 
 
@@ -194,7 +194,7 @@ def start(path: Path, *, resume: bool = False, ranks: int | None = None, device:
             return
         code = launch(_rank, (str(path), device, resume), ranks=ranks)
     if code >= 128:
-        raise Interrupted(code - 128, f"resume with: fastambient train --resume {path}")
+        raise Interrupted(code - 128, how_to_resume(path))
     if code:
         raise SystemExit(code)
 
@@ -208,8 +208,7 @@ def _says_how_to_resume(path: Path) -> Iterator[None]:
         signum = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
         if isinstance(stopped, SystemExit) and stopped.code != 128 + signum:
             raise
-        message = f"stopped by {signum.name}; resume with: fastambient train --resume {path}"
-        raise Interrupted(signum, message) from None
+        raise Interrupted(signum, f"stopped by {signum.name}; {how_to_resume(path)}") from None
 
 
 def _finished(run: RunFolder, settings: Settings) -> bool:
