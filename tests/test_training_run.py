@@ -29,7 +29,7 @@ from fastambient.training import checkpoint, loop
 from fastambient.training.distributed import World
 from fastambient.training.loop import Interrupted, crosses
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, describe, new, plan, start
+from fastambient.training.start import TrainRequest, create_run, new, plan, start
 
 
 def contents(path):
@@ -339,14 +339,6 @@ def test_the_evaluation_is_the_one_that_the_settings_ask_for(tmp_path):
     assert metrics["settings"]["protocol"] == {"space": "pixels in [-1, 1]", "flips": True, "bootstrap": 50, "seed": 4}
     assert metrics["memorization"]["gap_ratio"]["threshold"] == 0.5
     assert metrics["counts"]["samples"] == 3 and metrics["settings"]["sample_seeds"] == "0-2"
-
-
-def test_dry_run_says_what_it_would_cost(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = describe(TrainRequest(data="digits", assignments=["training.kimg=1"]))
-    assert "422,353 parameters" in text and "GiB a rank" in text and "for 1 kimg" in text
-    assert "sigma_tn 0.1875: 65.4%" in text and "model_channels: 24" in text
-    assert not list(tmp_path.iterdir())
 
 
 def test_crossings_are_a_function_of_nimg():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,16 +12,38 @@ from fastambient import models
 from fastambient.console import duration
 from fastambient.training.config import Settings, network_config
 
-_PROBE_SECONDS = 0.5  # forward and backward of ever more images are measured until they take this long
+_PROBE_SECONDS = 1.0  # ever more images are measured until this is spent; the last measurement may take as long again
+_SHORT_SECONDS = 0.1  # a measurement as short as this is taken twice: the first one pays for allocation
+_LONG_SECONDS = 24 * 3600.0
 _STATE_BYTES = 20  # a parameter: float32 weight, gradient, two moments, EMA
 
 
-def estimate_run(settings: Settings, *, channels: int, num_classes: int) -> str:
-    """One paragraph: parameters, memory a rank, time of the whole run on this machine."""
+@dataclass(frozen=True)
+class Estimate:
+    """Of a whole run on this machine, or of what is left of it."""
+
+    parameters: int
+    memory: float  # bytes a rank
+    seconds: float
+    text: str  # all of it in one line
+
+    @property
+    def is_long(self) -> bool:
+        """Over a day: to be said as a warning."""
+        return self.seconds > _LONG_SECONDS
+
+
+def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: int = 0) -> Estimate:
+    """Measure forward and backward passes of a network like the run's, about two seconds long; the run's own state and
+    the global generator are left as they are.
+
+    nimg : images that the run has seen already
+    """
     t = settings.training
     device = torch.device(t.device)
     config = network_config(settings, channels=channels, num_classes=num_classes)
-    network = models.build(config).to(device)
+    with torch.random.fork_rng(devices=[]):
+        network = models.build(config).to(device).to(memory_format=torch.channels_last).train()
     parameters = sum(p.numel() for p in network.parameters())
     micro = t.batch_gpu or t.batch // t.ranks
     saved: dict[int, int] = {}
@@ -31,29 +54,46 @@ def estimate_run(settings: Settings, *, channels: int, num_classes: int) -> str:
 
     def probe(images: int) -> float:
         """Seconds of forward and backward."""
-        x = torch.randn(images, channels, config["img_resolution"], config["img_resolution"], device=device)
+        shape = (images, channels, config["img_resolution"], config["img_resolution"])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        x = x.contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(images, config["label_dim"], device=device) if config["label_dim"] else None
         augment = torch.zeros(images, config["augment_dim"], device=device) if config["augment_dim"] else None
+        key = (0, torch.arange(images, device=device))
+        network.zero_grad(set_to_none=True)
         saved.clear()
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=t.precision == "bf16"):
             with torch.autograd.graph.saved_tensors_hooks(note, lambda v: v):
-                out = network(x, torch.zeros(images, device=device), labels, augment)
+                out = network(x, torch.zeros(images, device=device), labels, augment, dropout_key=key)
             out.float().square().sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
+    def measure(images: int) -> float:
+        seconds = probe(images)
+        return min(seconds, probe(images)) if seconds < _SHORT_SECONDS else seconds
+
+    if device.type == "cuda":
+        probe(min(2, micro))  # loads and compiles kernels, once in a run
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    images = 1
-    seconds = min(probe(images), probe(images))  # the first pays for allocation
-    while images < micro and seconds < _PROBE_SECONDS:
+    began = time.perf_counter()
+    fewest = images = min(2, micro)  # a single image takes convolutions of another layout
+    fewest_seconds = seconds = measure(images)
+    while images < micro and time.perf_counter() - began < _PROBE_SECONDS:
         images = min(2 * images, micro)
-        seconds = min(probe(images), probe(images))
+        seconds = measure(images)
+    # Weights and their gradients are paid for once, whatever the number of images: a large network on a few images is
+    # mostly that, so only what grows with the images is scaled up.
+    growth = max(seconds - fewest_seconds, 0.0) / (images - fewest) if images > fewest else seconds / images
+    pass_seconds = seconds + growth * (micro - images)
     activations = sum(size for pointer, size in saved.items() if pointer not in weights) / images
     memory = parameters * _STATE_BYTES + activations * micro
-    total = t.kimg * 1000 / (images / seconds) / t.ranks
-    return (
+    left = max(t.kimg - nimg / 1000, 0.0)
+    total = left * 1000 / micro * pass_seconds / t.ranks
+    text = (
         f"{parameters:,} parameters; about {memory / 2**30:.2f} GiB a rank ({micro} images at once);"
-        f" about {duration(total)} for {t.kimg:g} kimg on {t.ranks} rank(s), scaled from {images} images timed now"
+        f" about {duration(total)} for {left:g} kimg on {t.ranks} rank(s), scaled from {images} images timed now"
     )
+    return Estimate(parameters, memory, total, text)

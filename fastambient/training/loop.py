@@ -29,6 +29,7 @@ from fastambient.sampling import SamplingSettings, export, sample
 from fastambient.training import checkpoint
 from fastambient.training.config import Settings, network_config
 from fastambient.training.distributed import World
+from fastambient.training.estimate import estimate_run
 from fastambient.training.monitor import Monitor, SigmaLoss
 from fastambient.training.optimizer import (
     build_optimizer,
@@ -260,8 +261,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
             P_std=n.P_std,
             weighting=n.weighting,
         )
-        parameters = sum(p.numel() for p in trainer.network.parameters())
-        say(f"{path}: {s.model.preset}, {parameters:,} parameters, {len(trainer.store.train):,} training images of "
+        say(f"{path}: {s.model.preset}, {len(trainer.store.train):,} training images of "
             f"{trainer.store.resolution}x{trainer.store.resolution}, {world.size} rank(s) on {world.device.type}, "
             f"{s.training.precision}")  # fmt: skip
         say(f"{message}; sigma_data {n.sigma_data:.4g}")
@@ -270,6 +270,16 @@ def train(path: Path, world: World, *, resume: bool) -> None:
         if resume:
             at = f"from {trainer.nimg / 1000:g} kimg" if resumed else "from the start: no checkpoint was written yet"
             say(f"resuming {at}")
+        # What is trained on here may be other ranks and another device than the settings name.
+        here = dataclasses.replace(s.training, ranks=world.size, device=world.device.type)  # type: ignore[arg-type]
+        cost = estimate_run(
+            dataclasses.replace(s, training=here),
+            channels=trainer.store.channels, num_classes=trainer.store.num_classes, nimg=trainer.nimg,
+        )  # fmt: skip
+        if cost.is_long:
+            warn(f"{cost.text}; a smaller --preset or a smaller --kimg takes less")
+        else:
+            say(cost.text)
     trainer.train()
 
 
@@ -281,7 +291,7 @@ def _notes(s: Settings, store: Store) -> list[str]:
     if pairs and s.noise.sigma_tn and (s.data.xflip or t.augment > 0):
         notes.append(
             f"{pairs:,} pairs of training images mirror each other, each with a noise of its own: under x-flips two"
-            " noised observations of one picture; leave one of each pair out, or set data.xflip false and training.augment 0"
+            " noised observations of one picture; leave one of each pair out, or switch data.xflip and training.augment off"
         )
     if t.precision == "bf16" and t.device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         notes.append("precision bf16: this CPU has no bfloat16 units, so float32 is many times faster here")

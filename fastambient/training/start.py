@@ -286,4 +286,4 @@ def describe(request: TrainRequest) -> str:
         s.noise.sigma_tn or 0.0, resolution=planned.data.resolution, P_mean=s.noise.P_mean, P_std=s.noise.P_std,
         weighting=s.noise.weighting,
     )  # fmt: skip
-    return "\n".join(filter(None, (tree, "", message, warning and f"warning: {warning}", estimate)))
+    return "\n".join(filter(None, (tree, "", message, warning and f"warning: {warning}", estimate.text)))

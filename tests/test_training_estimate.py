@@ -1,0 +1,65 @@
+"""What a run will cost, said before it starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_run, train_here
+from torch import nn
+
+from fastambient.training import estimate, loop
+from fastambient.training.config import resolve
+from fastambient.training.start import TrainRequest, describe
+
+
+class Timed(nn.Module):
+    """A network that takes `fixed` seconds for its weights and `each` for an image, by its own clock."""
+
+    def __init__(self, fixed, each):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.fixed, self.each, self.now, self.seen = fixed, each, 0.0, []
+
+    def forward(self, x, c_noise, labels, augment, dropout_key):
+        self.now += self.fixed + self.each * len(x)
+        self.seen.append(len(x))
+        return x * self.scale
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "batch", "last"),
+    [(0.0, 1e-4, 64, 64), (0.5, 0.1, 64, 4), (3.0, 0.5, 512, 2), (0.5, 0.1, 1, 1)],
+)
+def test_weights_are_paid_for_once_and_images_each(fixed, each, batch, last, monkeypatch):
+    network = Timed(fixed, each)
+    monkeypatch.setattr(estimate.models, "build", lambda config: network)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: network.now)
+    settings = resolve(resolution=8, assignments=["training.kimg=2", f"training.batch={batch}"])
+    found = estimate.estimate_run(settings, channels=1, num_classes=0, nimg=1000)
+    assert network.seen[-1] == last and f"scaled from {last} images" in found.text and "for 1 kimg" in found.text
+    if last > 2 or batch <= 2:
+        assert found.seconds == pytest.approx(1000 / batch * (fixed + each * batch))
+    else:  # one measurement alone cannot tell the two apart
+        assert found.seconds == pytest.approx(1000 / 2 * (fixed + 2 * each))
+    assert found.is_long == (found.seconds > 86400)
+
+
+def test_every_run_says_what_it_takes(tmp_path, monkeypatch, capsys):
+    path = make_run(tmp_path / "run")
+    before = torch.random.get_rng_state()
+    train_here(path)
+    assert " for 0.16 kimg on 1 rank(s), scaled from 8 images timed now\n" in capsys.readouterr().err
+    assert torch.equal(torch.random.get_rng_state(), before)
+    monkeypatch.setattr(loop.Trainer, "train", lambda self: None)
+    train_here(make_run(tmp_path / "long", "training.kimg=1e8"))
+    said = capsys.readouterr().err.splitlines()
+    assert any(s.startswith("warning: ") and "d " in s and "a smaller --kimg takes less" in s for s in said)
+
+
+def test_dry_run_says_what_it_would_cost(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    text = describe(TrainRequest(data="digits", assignments=["training.kimg=1"]))
+    assert "422,353 parameters" in text and "GiB a rank" in text and "for 1 kimg" in text
+    assert "sigma_tn 0.1875: 65.4%" in text and "model_channels: 24" in text
+    assert not list(tmp_path.iterdir())
