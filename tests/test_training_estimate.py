@@ -58,7 +58,6 @@ def test_every_run_says_what_it_takes(tmp_path, monkeypatch, capsys):
 
 def test_dry_run_says_what_it_would_cost(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
     text = describe(TrainRequest(data="digits", assignments=["training.kimg=1"]))
     assert "422,353 parameters" in text and "GiB a rank" in text and "for 1 kimg" in text
     assert "sigma_tn 0.1875: 65.4%" in text and "model_channels: 24" in text

@@ -291,7 +291,7 @@ def _notes(s: Settings, store: Store) -> list[str]:
     if pairs and s.noise.sigma_tn and (s.data.xflip or t.augment > 0):
         notes.append(
             f"{pairs:,} pairs of training images mirror each other, each with a noise of its own: under x-flips two"
-            " noised observations of one picture; leave one of each pair out, or switch data.xflip and training.augment off"
+            " noised observations of one picture; leave one of each pair out, or switch x-flips and augmentation off"
         )
     if t.precision == "bf16" and t.device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         notes.append("precision bf16: this CPU has no bfloat16 units, so float32 is many times faster here")
