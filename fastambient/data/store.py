@@ -51,10 +51,8 @@ _CHUNK = 512  # images noised or counted at once
 def is_store(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a folder with a store's manifest (of any version; `Store.open` checks it)."""
     file = Path(path) / "manifest.json"
-    if not str(path) or not file.is_file():  # "" would be the folder one is in, and a pipe would be waited for
-        return False
-    try:
-        return json.loads(file.read_bytes()).get("format") == FORMAT
+    try:  # "" would be the folder one is in, and a pipe would be waited for
+        return bool(str(path)) and file.is_file() and json.loads(file.read_bytes()).get("format") == FORMAT
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
