@@ -15,6 +15,7 @@ _WHERE = {
     "EDMDenoiser": "fastambient.diffusion.edm",
     "ambient_loss": "fastambient_kernels",
     "ambient_noise": "fastambient_kernels",
+    "dpmpp_2m": "fastambient.diffusion.samplers",
     "draw_sigma": "fastambient.diffusion.edm",
     "heun": "fastambient.diffusion.samplers",
     "image_ids": "fastambient.data.ids",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fastambient.diffusion.ambient import two_regime_loss as two_regime_loss
     from fastambient.diffusion.edm import EDMDenoiser as EDMDenoiser
     from fastambient.diffusion.edm import draw_sigma as draw_sigma
+    from fastambient.diffusion.samplers import dpmpp_2m as dpmpp_2m
     from fastambient.diffusion.samplers import heun as heun
     from fastambient.sampling import load as load
     from fastambient.sampling import sample as sample

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastambient.diffusion.ambient import ambient_share, default_sigma_tn, share_message
 from fastambient.diffusion.edm import EDMDenoiser, draw_sigma
-from fastambient.diffusion.samplers import heun, sigma_steps
+from fastambient.diffusion.samplers import dpmpp_2m, heun, sigma_steps
 from fastambient_kernels.noise import normal
 
 
@@ -76,6 +76,76 @@ def test_churn_is_algorithm_2():
         euler = x + (t[i + 1] - hat) * d
         x = x + (t[i + 1] - hat) * (d + (euler - denoiser(euler, t[i + 1])) / t[i + 1]) / 2 if t[i + 1] else euler
     torch.testing.assert_close(out, x, rtol=1e-10, atol=1e-10)
+
+
+MEAN, STD = torch.tensor([0.3, -0.2, 0.0, 0.9]).double(), torch.tensor([0.5, 0.1, 1.0, 0.25]).double()
+
+
+def gaussian(x, sigma):
+    """The exact denoiser of the data distribution N(MEAN, STD^2)."""
+    return MEAN + STD**2 / (STD**2 + sigma.view(-1, 1) ** 2) * (x - MEAN)
+
+
+def euler(denoiser, latents, steps, **schedule):
+    t = sigma_steps(steps, **schedule)
+    x = latents * t[0]
+    for now, then in itertools.pairwise(t):
+        x = x + (then - now) * (x - denoiser(x, x.new_full((len(x),), now))) / now
+    return x
+
+
+def distance_to_exact(sampler, steps):
+    """Root mean square, from the end of the probability flow of that distribution: x - MEAN shrinks by its spread."""
+    latents = torch.randn(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = MEAN + (80 * latents - MEAN) * STD / (STD**2 + 80**2).sqrt()
+    return (sampler(gaussian, latents, steps, sigma_min=1e-4) - exact).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2), (dpmpp_2m, 2)])
+def test_order_of_convergence_to_the_exact_solution(sampler, order):
+    errors = [distance_to_exact(sampler, steps) for steps in (64, 128, 256)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+def test_dpmpp_2m_is_nearer_at_18_evaluations():
+    calls = []
+
+    def counted(x, sigma):
+        calls.append(sigma)
+        return gaussian(x, sigma)
+
+    dpmpp_2m(counted, torch.randn(2, 4).double(), 18)
+    assert [c[0].item() for c in calls] == sigma_steps(18)[:-1], "one evaluation a step"
+    found = distance_to_exact(dpmpp_2m, 18)
+    assert found < 0.5 * distance_to_exact(euler, 18)
+    assert found < 0.5 * distance_to_exact(heun, 9), "17 evaluations"
+
+
+def test_dpmpp_2m_is_algorithm_2():
+    """Lu et al.'s own symbols, lambda = -ln(sigma) and alpha = 1, on a denoiser that is not linear."""
+    latents = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    denoiser = lambda x, s: 0.3 * torch.sin(x) + 0.1 * s.view(-1, 1) / (1 + s.view(-1, 1))  # noqa: E731
+    sigma = [(20 ** (1 / 5) + i / 7 * (0.01 ** (1 / 5) - 20 ** (1 / 5))) ** 5 for i in range(8)]
+    lam = [-math.log(s) for s in sigma]
+    model = lambda x, i: denoiser(x, x.new_full((3,), sigma[i]))  # noqa: E731
+    x = sigma[0] * latents
+    Q = [model(x, 0)]
+    x = sigma[1] / sigma[0] * x - (math.exp(-(lam[1] - lam[0])) - 1) * Q[0]
+    for i in range(2, 8):
+        Q.append(model(x, i - 1))
+        h, r = lam[i] - lam[i - 1], (lam[i - 1] - lam[i - 2]) / (lam[i] - lam[i - 1])
+        D = (1 + 1 / (2 * r)) * Q[i - 1] - 1 / (2 * r) * Q[i - 2]
+        x = sigma[i] / sigma[i - 1] * x - (math.exp(-h) - 1) * D
+    steps = []
+    out = dpmpp_2m(
+        denoiser, latents, 8, sigma_min=0.01, sigma_max=20, rho=5, on_step=lambda: steps.append(1)
+    )  # the last step returns the denoised picture
+    torch.testing.assert_close(out, model(x, 7), rtol=1e-12, atol=1e-12)
+    assert len(steps) == 8
+    single = dpmpp_2m(denoiser, latents.float(), 8, sigma_min=0.01, sigma_max=20, rho=5)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), out, rtol=1e-4, atol=1e-4)
 
 
 class _Known(nn.Module):
