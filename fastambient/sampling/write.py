@@ -1,0 +1,71 @@
+"""Samples as files: a folder of PNGs with an overview, or one .npz."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastambient.console import progress
+from fastambient.errors import InputError
+from fastambient.files import check_parent, new_folder
+from fastambient.pictures import GRID_NAME, grid, save_png
+from fastambient.sampling.draw import sample
+from fastambient.sampling.weights import load
+
+_GRID_LIMIT = 100  # pictures in the overview
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0-63,100"`` -> [0, ..., 63, 100]."""
+    seeds: list[int] = []
+    for item in text.split(","):
+        low, dash, high = item.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()):
+            raise InputError(f"--seeds: expected numbers and ranges such as 0-63,100, got {text!r}")
+        first, last = int(low), int(high) if dash else int(low)
+        if last < first or last >= 2**63 or last - first >= 10**8:
+            raise InputError(f"--seeds: the range {item.strip()} is empty or too large")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) != len(seeds):
+        raise InputError(f"--seeds: {text!r} names a seed twice")
+    return seeds
+
+
+def write_samples(
+    path: str | Path, seeds: Sequence[int], out: Path, *, class_index: int | None = None, steps: int | None = None,
+    batch: int | None = None, device: str | torch.device = "cpu", force: bool = False,
+) -> Path:  # fmt: skip
+    """Sample a run or weights file into a folder of PNGs with an overview grid, or into one .npz.
+
+    Raises
+    ------
+    InputError : `out` exists, or anything `load` and `sample` refuse; nothing is left behind then
+    """
+    denoiser = load(path, device=device)
+    with progress("sampling", len(seeds)) as advance:
+        if out.suffix == ".npz":
+            if out.exists() and not force:
+                raise InputError(f"{out} exists; choose another name or pass --force to replace it")
+            check_parent(out)  # found now, not after the sampling
+            pictures = sample(denoiser, seeds, steps=steps, class_index=class_index, batch=batch, on_batch=advance)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _write_npz(out, pictures.numpy(), seeds)
+            return out
+        with new_folder(out, force=force, marker=GRID_NAME) as folder:
+            pictures = sample(denoiser, seeds, steps=steps, class_index=class_index, batch=batch, on_batch=advance)
+            for seed, picture in zip(seeds, pictures, strict=True):
+                save_png(folder / f"seed{seed:09d}.png", picture)
+            save_png(folder / GRID_NAME, grid(pictures[:_GRID_LIMIT]))
+    return out
+
+
+def _write_npz(path: Path, pictures: np.ndarray, seeds: Sequence[int]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp.npz")
+    try:
+        np.savez_compressed(temporary, images=pictures, seeds=np.asarray(seeds, dtype=np.int64))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
