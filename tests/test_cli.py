@@ -41,7 +41,7 @@ def _handlers():
     [
         ("prepare", ["SOURCE", "--resolution", "--sigma-tn", "--noise-seed", "--train", "--holdout", "--split-seed", "--noisy", "--on-bad-image", "1.5*R/64", "pixels"]),
         ("train", ["--data", "--out", "--preset", "--config", "--sigma-tn", "--gpus", "--processes", "--kimg", "thousands of images", "--batch", "--seed", "--noise-seed", "--precision", "--checkpoint-kimg", "--set", "--dry-run", "--force", "--resume", "[default: digits]"]),
-        ("sample", ["--seeds", "--out", "--class", "--steps", "--batch"]),
+        ("sample", ["--seeds", "--out", "--class", "--steps", "--batch", "--sampler", "--S-churn", "--S-min", "--S-max", "--S-noise", "--guidance", "--autoguidance", "--guidance-interval", "--precision", "heun", "dpmpp-2m", "[default: 1; with --autoguidance 2]"]),
         ("evaluate", ["--samples", "--num", "--out", "RUN/metrics.json"]),
         ("info", ["--json"]),
         ("quickstart", ["--out", "runs/quickstart"]),
@@ -112,6 +112,8 @@ BAD = [
     (["sample", "model.pkl", "--seeds", "0", "--out", "new"], "never loaded"),
     (["sample", "taken", "--seeds", "0", "--out", "new"], "holds no model.safetensors"),
     (["sample", "taken", "--seeds", "x", "--out", "new"], "--seeds"),
+    (["sample", "taken", "--seeds", "0", "--out", "new", "--sampler", "euler"], "'heun', 'dpmpp-2m'"),
+    (["sample", "taken", "--seeds", "0", "--out", "new", "--guidance-interval", "1"], "--guidance-interval must be LOW,HIGH"),
     (["evaluate", "nothing"], "there is no run folder nothing"),
     (["evaluate", "taken"], "no run folder"),
     (["quickstart", "--out", "taken"], "the folder taken exists and is not empty"),
@@ -184,6 +186,20 @@ def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path / "samples").glob("seed*")) == [
         f"seed{s:09d}.png" for s in (0, 1, 2, 3, 100)
     ]
+    options = ["--sampler", "heun", "--steps", 3, "--S-churn", 20, "--S-min", 0.05, "--S-max", "inf", "--S-noise", 1.01]
+    guide = next((tmp_path / "run" / "checkpoints").iterdir())
+    options += ["--autoguidance", guide, "--guidance", 1.5, "--guidance-interval", "0.1,9", "--precision", "fp32"]
+    for seeds, name in (("0-3", "a.npz"), ("3", "b.npz")):
+        code, _, err = run("sample", "run", "--seeds", seeds, "--out", name, *options, capsys=capsys)
+        assert code == 0 and "2 x 5 evaluations a picture" in err
+    a, b = (np.load(tmp_path / name, allow_pickle=False)["images"] for name in ("a.npz", "b.npz"))
+    assert abs(a[3].astype(int) - b[0]).max() <= 1, "the picture of a seed depends on its batch"
+    plain = Image.open(tmp_path / "samples" / "seed000000003.png")
+    assert abs(np.asarray(plain).astype(int) - b[0, 0]).max() > 1, "churn shows in no picture"
+    code, _, _ = run("sample", "run", "--seeds", "3", "--out", "c.npz", "--sampler", "dpmpp-2m", capsys=capsys)
+    assert code == 0
+    code, _, err = run("sample", "run", "--seeds", "3", "--out", "d.npz", "--guidance", 2, capsys=capsys)
+    assert code == 2 and "--guidance 2 needs a class-conditional model" in err
     code, out, _ = run("evaluate", "run", "--num", 20, capsys=capsys)
     assert code == 0 and "copy rate" in out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -106,3 +106,35 @@ def test_a_run_trains(tmp_path, precision):
     run = make_run(tmp_path / "r", "training.device=cuda", f"training.precision={precision}", "noise.sigma_tn=0.2")
     train(run, World(device=torch.device("cuda", 0)), resume=False)
     assert (run / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp-2m"])
+def test_sampling_from_graphs_is_sampling(tmp_path, capsys, sampler, precision):
+    """Both sizes of a guided batch, churn's new noise and a last smaller batch; the capture must not fall back."""
+    from test_sampling import weights
+
+    from fastambient.sampling import load, sample
+
+    denoiser = load(weights(tmp_path / "m.safetensors", label_dim=3, label_dropout=0.1), device="cuda")
+    options = {"sampler": sampler, "precision": precision, "batch": 4, "guidance": 2.0, "guidance_interval": (0.1, 10)}
+    if sampler == "heun":
+        options["S_churn"] = 5.0
+    graphed, plain = (sample(denoiser, range(10), steps=8, graph=graph, **options).int() for graph in (True, False))
+    assert "no CUDA graph" not in capsys.readouterr().err
+    assert (graphed - plain).abs().max() <= (1 if precision == "fp32" else 16)
+    assert plain.float().std() > 5
+    assert torch.equal(graphed, sample(denoiser, range(10), steps=8, **options).int()), "a GPU takes graphs by itself"
+
+
+def test_a_failed_capture_falls_back(capsys):
+    from fastambient.sampling import GraphedDenoiser
+
+    def reads_back(x, sigma, class_labels):
+        return x / sigma.max().item()
+
+    graphed = GraphedDenoiser(reads_back, (4,))
+    x, sigma = torch.randn(4, 3, device="cuda"), torch.full((4,), 2.0, device="cuda")
+    for _ in range(2):
+        torch.testing.assert_close(graphed(x, sigma, None), x / 2)
+    assert capsys.readouterr().err.count("no CUDA graph of the network") == 1

@@ -13,10 +13,21 @@ from torch import nn
 
 from fastambient import models
 from fastambient.diffusion.edm import EDMDenoiser
-from fastambient.diffusion.samplers import heun
+from fastambient.diffusion.guidance import GuidedDenoiser
+from fastambient.diffusion.samplers import dpmpp_2m, heun
 from fastambient.errors import InputError
 from fastambient.pictures import to_uint8
-from fastambient.sampling import draw_classes, export, latents, load, parse_seeds, sample, write_samples
+from fastambient.sampling import (
+    GraphedDenoiser,
+    draw_classes,
+    export,
+    latents,
+    load,
+    parse_interval,
+    parse_seeds,
+    sample,
+    write_samples,
+)
 from fastambient_kernels.noise import normal, random_words
 
 CONFIG = {
@@ -25,13 +36,13 @@ CONFIG = {
 }  # fmt: skip
 
 
-def weights(path, **changes):
+def weights(path, *, seed=0, metadata=None, **changes):
     """A model.safetensors of a small network with random, non-zero weights."""
     config = CONFIG | changes
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = models.build(config)
     state = {k: v + 0.1 * torch.randn_like(v) if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    export(path, state, {"network": config, "sigma_data": 0.5, "sampling": {"steps": 4}})
+    export(path, state, {"network": config, "sigma_data": 0.5, "sampling": {"steps": 4}} | (metadata or {}))
     return path
 
 
@@ -111,6 +122,119 @@ def test_classes(tmp_path):
         sample(load(weights(tmp_path / "u.safetensors")), [0], class_index=0)
 
 
+def assert_like(pictures, x):
+    """To one grey level: another batch or layout may round a value to the neighbouring one."""
+    assert (pictures.int() - to_uint8(x).int()).abs().max() <= 1
+
+
+def test_the_sampler_and_its_numbers_can_be_asked_for(tmp_path):
+    denoiser = load(weights(tmp_path / "model.safetensors"))
+    z = latents([3, 9], (1, 8, 8))
+    fast = sample(denoiser, [3, 9], sampler="dpmpp-2m", steps=7)
+    assert_like(fast, dpmpp_2m(denoiser, z, 7))
+    assert (fast.int() - sample(denoiser, [3, 9], steps=7).int()).abs().max() > 1
+    denoiser.metadata["sampling"] = {"sampler": "dpmpp-2m", "steps": 7}
+    assert torch.equal(sample(denoiser, [3, 9]), fast), "a weights file names its own"
+    told = {"S_churn": 3.0, "S_min": 0.05, "S_max": 10.0, "S_noise": 1.1}
+    churn = lambda i: normal(torch.tensor([3, 9]), 64, seed=i + 2, stream=5).view(2, 1, 8, 8)  # noqa: E731
+    churned = sample(denoiser, [3, 9], sampler="heun", batch=1, **told)
+    assert_like(churned, heun(denoiser, z, 7, **told, randn=churn))
+    with pytest.raises(TypeError, match="stepz"):
+        sample(denoiser, [0], stepz=3)
+
+
+def test_classifier_free_guidance(tmp_path):
+    denoiser = load(weights(tmp_path / "model.safetensors", label_dim=3, label_dropout=0.1))
+    labels = nn.functional.one_hot(draw_classes([3, 9], 3), 3).float()
+    guided = sample(denoiser, [3, 9], guidance=2.5, batch=1)
+    D = GuidedDenoiser(denoiser, 2.5)
+    assert_like(guided, heun(lambda x, s: D(x, s, labels), latents([3, 9], (1, 8, 8)), 4))
+    plain = sample(denoiser, [3, 9])
+    assert (guided.int() - plain.int()).abs().max() > 1
+    assert torch.equal(sample(denoiser, [3, 9], guidance=1.0), plain)
+    assert torch.equal(sample(denoiser, [3, 9], guidance=2.5, guidance_interval=(100, 200)), plain)
+    untold = load(weights(tmp_path / "u.safetensors", label_dim=3))
+    with pytest.raises(InputError, match=r"learned pictures without a class, too, .* model\.label_dropout 0"):
+        sample(untold, [0], guidance=2.0)
+
+
+def test_autoguidance(tmp_path):
+    good, bad = (load(weights(tmp_path / f"{i}.safetensors", seed=i)) for i in range(2))
+    z = latents([3, 9], (1, 8, 8))
+
+    def expected(weight):
+        return heun(lambda x, s: bad(x, s) + weight * (good(x, s) - bad(x, s)), z, 4)
+
+    assert_like(sample(good, [3, 9], guide=bad, guidance=1.5), expected(1.5))
+    assert_like(sample(good, [3, 9], guide=bad), expected(2))
+    assert (sample(good, [3, 9], guide=bad).int() - sample(good, [3, 9]).int()).abs().max() > 1
+    for changes, message in (
+        ({"img_channels": 3}, "the guide has img_channels 3, the model 1"),
+        ({"img_resolution": 16}, "the guide has img_resolution 16, the model 8"),
+        ({"label_dim": 2}, "the guide has label_dim 2, the model 0"),
+        ({"metadata": {"class_names": ["a"]}}, r"the guide has class_names \['a'\], the model None"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sample(good, [0], guide=load(weights(tmp_path / "other.safetensors", **changes)))
+    small = load(weights(tmp_path / "small.safetensors", model_channels=4))  # a guide may be another network
+    assert sample(good, [0], guide=small).shape == (1, 1, 8, 8)
+
+
+def test_guided_files_say_what_they_cost(tmp_path, capsys):
+    a, b = (weights(tmp_path / f"{i}.safetensors", seed=i) for i in range(2))
+    out = write_samples(a, [0, 5], tmp_path / "x.npz", autoguidance=b, sampler="dpmpp-2m", steps=6)
+    said = capsys.readouterr().err
+    assert said == "guidance 2 asks twice at every noise level: 2 x 6 evaluations a picture\n"
+    with np.load(out, allow_pickle=False) as file:
+        drawn = sample(load(a), [0, 5], guide=load(b), sampler="dpmpp-2m", steps=6)
+        assert torch.equal(torch.from_numpy(file["images"]), drawn)
+    write_samples(a, [0], tmp_path / "y.npz")
+    assert not capsys.readouterr().err
+    assert parse_interval(" 0.2,5") == (0.2, 5.0)
+    for bad in ("", "1", "1,2,3", "a,b"):
+        with pytest.raises(InputError, match="--guidance-interval must be LOW,HIGH"):
+            parse_interval(bad)
+
+
+def test_bf16_is_the_networks_and_the_state_stays_float32(tmp_path):
+    denoiser = load(weights(tmp_path / "model.safetensors", metadata={"precision": "bf16"}))
+    seen = []
+    denoiser.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    denoiser.network.enc["8x8_conv"].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    exact = sample(denoiser, range(4))
+    assert set(seen) == {torch.float32, (torch.float32, torch.float32)}, "a CPU keeps to float32 unless asked"
+    assert torch.equal(exact, sample(denoiser, range(4), precision="fp32"))
+    seen.clear()
+    half = sample(denoiser, range(4), precision="bf16")
+    assert set(seen) == {torch.bfloat16, (torch.float32, torch.float32)}
+    difference = (half.int() - exact.int()).abs().float()
+    assert 0 < difference.mean() < 4
+
+
+def test_the_network_can_be_graphed(tmp_path, monkeypatch, capsys):
+    from test_sampling_graph import fake_capture
+
+    denoiser = load(weights(tmp_path / "model.safetensors", label_dim=3, label_dropout=0.1))
+    captures, options = [], {"batch": 4, "guidance": 2.0, "guidance_interval": (0.1, 10)}
+    plain = sample(denoiser, range(10), **options)
+    assert not capsys.readouterr().err, "a CPU has no graphs, and nothing is said of them"
+
+    def capture(function, device):
+        captures.append(device)
+        return fake_capture(function, device)
+
+    monkeypatch.setattr(
+        "fastambient.sampling.draw.GraphedDenoiser", lambda D, sizes: GraphedDenoiser(D, sizes, capture=capture)
+    )
+    graphed = sample(denoiser, range(10), graph=True, **options)
+    assert (graphed.int() - plain.int()).abs().max() <= 1
+    # 4 alone and 8 in two halves; of the last batch, 2 run as they are and their 4 in two halves are captured already
+    assert len(captures) == 2
+    monkeypatch.undo()
+    assert (sample(denoiser, range(10), graph=True, **options).int() - plain.int()).abs().max() <= 1
+    assert "no CUDA graph of the network (a cpu has none)" in capsys.readouterr().err
+
+
 def test_files_and_refusals(tmp_path):
     model = weights(tmp_path / "model.safetensors")
     out = write_samples(tmp_path, [0, 5], tmp_path / "s")  # a folder with model.safetensors is enough
@@ -129,6 +253,15 @@ def test_files_and_refusals(tmp_path):
         ({"steps": 10**10}, "2 to 10,000"),
         ({"batch": 0}, "--batch"),
         ({"class_index": 1}, "class"),
+        ({"S_churn": -1}, "--S-churn must be 0 or more"),
+        ({"sampler": "dpmpp-2m", "S_churn": 1}, "--S-churn must be 0 with dpmpp-2m"),
+        ({"precision": "fp16"}, "--precision must be fp32 or bf16"),
+        ({"guidance": 2}, "--guidance 2 needs a class-conditional model"),
+        ({"guidance": -1}, "--guidance must be 0 or more"),
+        ({"guidance": math.nan}, "--guidance must be 0 or more"),
+        ({"guidance_interval": (0.1, 1.0)}, "nothing is guided"),
+        ({"autoguidance": model, "guidance_interval": (1.0, 0.1)}, "LOW < HIGH, got 1,0.1"),
+        ({"autoguidance": tmp_path / "none"}, "no run or weights file"),
     ):
         with pytest.raises(InputError, match=message):
             write_samples(model, [0], tmp_path / "bad", **arguments)
@@ -178,6 +311,8 @@ def test_lying_headers_are_refused(tmp_path):
         ({"sampling": '{"evil": 1}'}, "damaged"),
         ({"sampling": '{"steps": "x"}'}, "damaged"),
         ({"sampling": '{"rho": 0.0}'}, r"sampling\.rho must be above 0"),
+        ({"sampling": '{"sampler": "euler"}'}, r"sampling\.sampler must be one of heun, dpmpp-2m, got euler"),
+        ({"sampling": '{"sampler": "dpmpp-2m", "S_churn": 1.0}'}, r"sampling\.S_churn must be 0 with dpmpp-2m"),
     ]
     for change, message in lies:
         save_file(tensors, tmp_path / "lie.safetensors", good | change)

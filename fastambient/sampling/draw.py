@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastambient.diffusion.edm import EDMDenoiser
-from fastambient.diffusion.samplers import heun
+from fastambient.diffusion.guidance import ClassDenoiser, GuidedDenoiser
+from fastambient.diffusion.samplers import dpmpp_2m, heun
 from fastambient.errors import InputError
 from fastambient.pictures import to_uint8
-from fastambient.sampling.settings import MAX_STEPS, SamplingSettings
+from fastambient.sampling.graph import GraphedDenoiser
+from fastambient.sampling.plan import chosen_settings, guidance_weight
+from fastambient.sampling.settings import SamplingSettings
 from fastambient_kernels import Stream, normal
 from fastambient_kernels.noise import random_words
 
@@ -37,25 +41,34 @@ def sample(
     denoiser: EDMDenoiser,
     seeds: Sequence[int],
     *,
-    steps: int | None = None,
     class_index: int | None = None,
-    batch: int | None = None,
     shape: tuple[int, int, int] | None = None,
     settings: SamplingSettings | None = None,
+    guidance: float | None = None,
+    guide: EDMDenoiser | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    precision: str | None = None,
+    graph: bool | None = None,
     on_batch: Callable[[int], None] | None = None,
+    **changes: Any,
 ) -> Tensor:
-    """Sample one picture a seed with EDM's sampler.
+    """Sample one picture a seed.
 
     Parameters
     ----------
     denoiser : from `load`, or any `EDMDenoiser`
     seeds : integers in [0, 2^63); the picture of a seed is the same in every batch
-    steps : noise levels, at least 2; default what the weights file says, else 18
     class_index : class of all pictures; default one drawn from each seed (conditional models only)
-    batch : pictures at once; default what the weights file says, else 64
     shape : (C, H, W); default what the weights file says, needed for any other denoiser
-    settings : the sampler's other parameters; default what the weights file says
+    settings : the sampler and its numbers; default what the weights file says, else `SamplingSettings`'
+    guidance : W of D_guide + W*(D - D_guide), see `GuidedDenoiser`; 1 is none. Default 1, and 2 with a `guide`
+    guide : worse model of the same images and classes; default the denoiser without a class
+    guidance_interval : (low, high), the sigmas that are guided; default all
+    precision : "fp32", or "bf16" for a network under bfloat16 autocast; the sampler's state is float32 in both.
+        Default fp32, and on a GPU what the weights file says the network was trained in
+    graph : replay the network from a CUDA graph; default on a GPU
     on_batch : called with the number of pictures after each batch
+    changes : single `SamplingSettings` by name, such as ``steps=40, sampler="dpmpp-2m"``; None changes nothing
 
     Returns
     -------
@@ -63,16 +76,11 @@ def sample(
 
     Raises
     ------
-    InputError : a class for an unconditional model or out of range, fewer than 2 steps, no shape
+    InputError : a class for an unconditional model or out of range, a setting out of range, guidance that the models
+        cannot give, no shape
     """
     told = denoiser.metadata
-    chosen = settings or SamplingSettings(**told.get("sampling", {}))
-    steps = chosen.steps if steps is None else steps
-    batch = chosen.batch if batch is None else batch
-    if not 2 <= steps <= MAX_STEPS:
-        raise InputError(f"--steps must be 2 to {MAX_STEPS:,} (one step is no sampler), got {steps}")
-    if batch < 1:
-        raise InputError(f"--batch must be 1 or more, got {batch}")
+    s = chosen_settings(denoiser, settings, **changes)
     classes = denoiser.label_dim
     if class_index is not None and not 0 <= class_index < classes:
         what = f"a class in 0..{classes - 1}" if classes else "no class: the model is unconditional"
@@ -82,29 +90,51 @@ def sample(
             raise InputError("sample() needs shape=(C, H, W) for a denoiser that no weights file describes")
         config = told["network"]
         shape = (config["img_channels"], config["img_resolution"], config["img_resolution"])
-    weight = next(denoiser.parameters())
+    weight = guidance_weight(denoiser, guidance, guide, guidance_interval)
+    like = next(denoiser.parameters())
+    if precision is None:
+        precision = told.get("precision", "fp32") if like.is_cuda else "fp32"
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"--precision must be fp32 or bf16, got {precision}")
+
+    def ready(model: EDMDenoiser) -> ClassDenoiser:
+        """The model in its precision, and from a graph: of one batch, and of the two halves of a guided one."""
+
+        def D(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+            with torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                return model(x, sigma, class_labels)
+
+        size = min(s.batch, len(seeds))
+        return GraphedDenoiser(D, (size, 2 * size)) if (like.is_cuda if graph is None else graph) else D
+
+    guided = GuidedDenoiser(
+        ready(denoiser), weight, guide=None if guide is None else ready(guide), interval=guidance_interval
+    )
+    schedule: dict[str, Any] = {"sigma_min": s.sigma_min, "sigma_max": s.sigma_max, "rho": s.rho}
     pictures = []
-    for start in range(0, len(seeds), batch):
-        part = list(seeds[start : start + batch])
+    for start in range(0, len(seeds), s.batch):
+        part = list(seeds[start : start + s.batch])
         labels = None
         if classes:
             index = draw_classes(part, classes) if class_index is None else torch.full((len(part),), class_index)
-            labels = nn.functional.one_hot(index, classes).to(weight.device, weight.dtype)
+            labels = nn.functional.one_hot(index, classes).to(like.device, like.dtype)
 
         def call(x: Tensor, sigma: Tensor, labels: Tensor | None = labels) -> Tensor:
-            return denoiser(x, sigma, labels)
+            return guided(x, sigma, labels)
 
         def churn(i: int, part: list[int] = part) -> Tensor:
             ids = torch.tensor(part, dtype=torch.int64)
-            return normal(ids, math.prod(shape), seed=i + 2, stream=Stream.LATENT).view(-1, *shape).to(weight.device)
+            return normal(ids, math.prod(shape), seed=i + 2, stream=Stream.LATENT).view(-1, *shape).to(like.device)
 
+        z = latents(part, shape, device=like.device)
         with torch.no_grad():
-            x = heun(
-                call, latents(part, shape, device=weight.device), steps,
-                sigma_min=chosen.sigma_min, sigma_max=chosen.sigma_max, rho=chosen.rho, S_churn=chosen.S_churn,
-                S_min=chosen.S_min, S_max=math.inf if chosen.S_max is None else chosen.S_max, S_noise=chosen.S_noise,
-                randn=churn,
-            )  # fmt: skip
+            if s.sampler == "heun":
+                x = heun(
+                    call, z, s.steps, **schedule, S_churn=s.S_churn, S_min=s.S_min,
+                    S_max=math.inf if s.S_max is None else s.S_max, S_noise=s.S_noise, randn=churn,
+                )  # fmt: skip
+            else:
+                x = dpmpp_2m(call, z, s.steps, **schedule)
         pictures.append(to_uint8(x).cpu())
         if on_batch is not None:
             on_batch(len(part))

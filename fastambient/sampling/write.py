@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastambient.console import progress
+from fastambient.console import progress, say
 from fastambient.errors import InputError
 from fastambient.files import check_parent, new_folder
 from fastambient.pictures import GRID_NAME, grid, save_png
 from fastambient.sampling.draw import sample
+from fastambient.sampling.plan import chosen_settings, evaluations_message, guidance_weight
 from fastambient.sampling.weights import load
 
 _GRID_LIMIT = 100  # pictures in the overview
@@ -34,31 +37,57 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def parse_interval(text: str) -> tuple[float, float]:
+    """``"0.2,5"`` -> (0.2, 5.0)."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise InputError(f"--guidance-interval must be LOW,HIGH such as 0.2,5, got {text!r}") from None
+    return low, high
+
+
 def write_samples(
-    path: str | Path, seeds: Sequence[int], out: Path, *, class_index: int | None = None, steps: int | None = None,
-    batch: int | None = None, device: str | torch.device = "cpu", force: bool = False,
+    path: str | Path, seeds: Sequence[int], out: Path, *, autoguidance: str | Path | None = None,
+    guidance: float | None = None, guidance_interval: tuple[float, float] | None = None,
+    class_index: int | None = None, precision: str | None = None, device: str | torch.device = "cpu",
+    force: bool = False, **changes: Any,
 ) -> Path:  # fmt: skip
     """Sample a run or weights file into a folder of PNGs with an overview grid, or into one .npz.
+
+    autoguidance : run or weights file of the guide; every other argument is `sample`'s
 
     Raises
     ------
     InputError : `out` exists, or anything `load` and `sample` refuse; nothing is left behind then
     """
     denoiser = load(path, device=device)
-    with progress("sampling", len(seeds)) as advance:
+    guide = None if autoguidance is None else load(autoguidance, device=device)
+    settings = chosen_settings(denoiser, **changes)
+    weight = guidance_weight(denoiser, guidance, guide, guidance_interval)
+    plan = evaluations_message(settings, guided=weight != 1)
+    if weight != 1:
+        say(f"guidance {weight:g} asks twice at every noise level{' it guides' if guidance_interval else ''}: {plan}")
+    with progress(f"sampling, {plan}", len(seeds)) as advance:
+
+        def pictures() -> Tensor:
+            return sample(
+                denoiser, seeds, class_index=class_index, settings=settings, guidance=weight, guide=guide,
+                guidance_interval=guidance_interval, precision=precision, on_batch=advance,
+            )  # fmt: skip
+
         if out.suffix == ".npz":
             if out.exists() and not force:
                 raise InputError(f"{out} exists; choose another name or pass --force to replace it")
             check_parent(out)  # found now, not after the sampling
-            pictures = sample(denoiser, seeds, steps=steps, class_index=class_index, batch=batch, on_batch=advance)
+            drawn = pictures()
             out.parent.mkdir(parents=True, exist_ok=True)
-            _write_npz(out, pictures.numpy(), seeds)
+            _write_npz(out, drawn.numpy(), seeds)
             return out
         with new_folder(out, force=force, marker=GRID_NAME) as folder:
-            pictures = sample(denoiser, seeds, steps=steps, class_index=class_index, batch=batch, on_batch=advance)
-            for seed, picture in zip(seeds, pictures, strict=True):
+            drawn = pictures()
+            for seed, picture in zip(seeds, drawn, strict=True):
                 save_png(folder / f"seed{seed:09d}.png", picture)
-            save_png(folder / GRID_NAME, grid(pictures[:_GRID_LIMIT]))
+            save_png(folder / GRID_NAME, grid(drawn[:_GRID_LIMIT]))
     return out
 
 

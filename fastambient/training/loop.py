@@ -168,6 +168,7 @@ class Trainer:
             "sigma_data": s.noise.sigma_data,
             "noise": s.tree()["noise"],
             "sampling": s.tree()["sampling"],
+            "precision": s.training.precision,
             "class_names": store.class_names if self.num_classes else None,
             "train_images": len(store.train),
             "nimg": self.nimg,
@@ -183,7 +184,7 @@ class Trainer:
         shape = (self.store.channels, self.store.resolution, self.store.resolution)
         sampling = SamplingSettings(**self.settings.tree()["sampling"])
         try:
-            picture = grid(sample(denoiser, _GRID_SEEDS, shape=shape, settings=sampling))
+            picture = grid(sample(denoiser, _GRID_SEEDS, shape=shape, settings=sampling, graph=False))
         except FastambientError as error:
             warn(str(error))
             return
