@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -107,6 +108,32 @@ def test_the_sampler_takes_what_the_file_says(tmp_path):
     }.items():
         changed = to_uint8(heun(denoiser, latents([3, 9], (1, 8, 8)), 6, **(told | {name: other}), randn=churn))
         assert (changed.int() - expected.int()).abs().max() > 1, f"{name} shows in no picture"
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path):
+    """safetensors orders metadata by a hash that differs from call to call."""
+    network = models.build(CONFIG)
+    told = {
+        "network": CONFIG,
+        "sigma_data": 0.5,
+        "sampling": {"steps": 4},
+        "note": "\u00e9\u4e00",
+        "nimg": 7,
+        "a": None,
+    }
+    written = set()
+    for i in range(6):
+        export(tmp_path / "model.safetensors", network.state_dict(), told if i % 2 else dict(reversed(told.items())))
+        written.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(written) == 1
+    (data,) = written
+    assert int.from_bytes(data[:8], "little") % 8 == 0, "tensors are aligned"
+    assert data[8:].startswith(b'{"__metadata__":{"a":"null","format":"fastambient-1","network":')
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert {k: json.loads(v) for k, v in file.metadata().items() if k != "format"} == told
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == network.state_dict().keys()
+    assert all(torch.equal(v, found[k]) for k, v in network.state_dict().items())
 
 
 def test_classes(tmp_path):

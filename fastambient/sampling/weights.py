@@ -24,13 +24,29 @@ FORMAT = "fastambient-1"
 def export(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write model.safetensors: EMA weights and buffers, and what is needed to load them (never the noise seed).
 
+    The same weights and metadata give the same bytes.
+
     metadata : JSON values; ``network`` (arguments of `fastambient.models.build`) and ``sigma_data`` are required
     """
     header = {"format": FORMAT} | {k: json.dumps(v) for k, v in metadata.items()}
     try:
-        write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in state.items()}, header))
+        write_bytes(path, _sorted_header(save({k: v.detach().cpu().contiguous() for k, v in state.items()}, header)))
     except OSError as error:
         raise FastambientError(f"cannot write {path}: {error}") from None
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their names; safetensors writes them in a random one.
+
+    A file is the header's length (8 bytes, little-endian), the header in JSON, spaces up to a multiple of 8 bytes, and
+    the tensors, whose offsets count from there and so stay as they are.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + memoryview(data)[end:]
 
 
 def weights_file(path: Path) -> Path:
