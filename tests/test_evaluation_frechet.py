@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 
 from fastambient.errors import InputError
-from fastambient.evaluation.frechet import frechet_distance
+from fastambient.evaluation.frechet import bias_note, frechet_distance
 
 
 def _textbook(x: np.ndarray, y: np.ndarray) -> float:
@@ -91,3 +91,21 @@ def test_many_samples_need_no_cross_matrix_of_their_size():
 def test_bad_input(x, y, message):
     with pytest.raises(InputError, match=message):
         frechet_distance(x, y)
+
+
+def test_few_pictures_are_called_biased_with_the_numbers():
+    enough = [(1000, 1000, 64), (5000, 1697, 64), (12_288, 12_288, 12_288)]
+    assert [bias_note(*counts) for counts in enough] == ["", "", ""]
+    for counts, told in {
+        (999, 5000, 64): ("999 samples", "5,000 held-out", "1,000 of each", "64 numbers"),
+        (5000, 999, 64): ("5,000 samples", "999 held-out", "1,000 of each"),
+        (3071, 3072, 3072): ("3,071 samples", "3,072 of each", "3,072 numbers"),
+    }.items():
+        note = bias_note(*counts)
+        assert all(words in note for words in told) and "\n" not in note
+
+
+def test_the_distance_of_few_samples_of_one_distribution_is_too_large():
+    """What the note says: the true distance is 0."""
+    x = np.random.default_rng(10).normal(size=(4000, 30))
+    assert frechet_distance(x[:40], x[2000:]) > 3 * frechet_distance(x[:400], x[2000:]) > 0.1

@@ -24,6 +24,8 @@ import scipy.linalg
 
 from fastambient.errors import InputError
 
+FEW = 1000  # pictures; below it a distance is always called biased
+
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Frechet distance between two sample sets, with unbiased (n - 1) covariances, in float64.
@@ -62,6 +64,26 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
         a, b = a[: a.shape[1]], b[: b.shape[1]]
     root = scipy.linalg.svdvals(a @ b.T, overwrite_a=True, check_finite=False).sum()
     return max(float(difference @ difference + traces - 2.0 * root), 0.0)
+
+
+def bias_note(samples: int, reference: int, dimensions: int) -> str:
+    """One line where the sets are so small that their distance says more of their sizes than of the pictures, else "".
+
+    Below as many pictures as dimensions a covariance is singular; FID's estimate is known to be biased well above that
+    (Chong and Forsyth, 2020), so a thousand is asked for in any case.
+
+    Parameters
+    ----------
+    samples, reference: pictures in each set.
+    dimensions: numbers a picture.
+    """
+    enough = max(FEW, dimensions)
+    if min(samples, reference) >= enough:
+        return ""
+    return (
+        f"The Frechet distance of {samples:,} samples to {reference:,} held-out images is biased (mostly too large),"
+        f" because {enough:,} of each are needed for {dimensions:,} numbers a picture: compare it at equal counts only."
+    )
 
 
 def _centred(x: np.ndarray) -> np.ndarray:
