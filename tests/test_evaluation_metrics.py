@@ -36,10 +36,10 @@ def _planted() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_keys_are_those_of_the_contract():
-    metrics, _ = evaluate(*_planted(), settings={"steps": 18})
+    metrics, *_ = evaluate(*_planted(), settings={"steps": 18})
     assert {"counts", "frechet", "memorization", "settings"} == set(metrics)
     assert {"train", "holdout", "samples"} <= set(metrics["counts"])
-    assert {"value", "reference", "train_vs_reference"} == set(metrics["frechet"]["pixel"])
+    assert {"value", "reference", "train_vs_reference", "dimensions"} == set(metrics["frechet"]["pixel"])
     assert {"gap_ratio", "nearest_distance"} <= set(metrics["memorization"])
     assert {"threshold", "rate", "ci95", "holdout_rate"} <= set(metrics["memorization"]["gap_ratio"])
     assert {"median", "holdout_median"} <= set(metrics["memorization"]["nearest_distance"])
@@ -51,7 +51,7 @@ def test_keys_are_those_of_the_contract():
 
 def test_planted_copies_give_exactly_thirty_percent_and_the_control_none():
     samples, train, holdout = _planted()
-    metrics, neighbours = evaluate(samples, torch.from_numpy(train), holdout, settings={})
+    metrics, neighbours, control = evaluate(samples, torch.from_numpy(train), holdout, settings={})
     gap = metrics["memorization"]["gap_ratio"]
     assert gap["rate"] == 0.30 and gap["copies"] == 30 and gap["holdout_rate"] == 0.0
     assert gap["ci95"][0] < 0.30 < gap["ci95"][1] and gap["ci95"][1] - gap["ci95"][0] < 0.25
@@ -78,11 +78,11 @@ def test_frechet_is_in_pixels_against_all_held_out_images():
 def test_control_searches_as_many_images_as_the_training_side(digits):
     """Held-out digits sampled against a control of 1,600 images would look nearer than against 100."""
     train, holdout, samples = digits[:100], digits[100:1700], digits[1700:]
-    metrics, _ = evaluate(samples, train, holdout, settings={})
+    metrics, *_ = evaluate(samples, train, holdout, settings={})
     nearest, control = metrics["memorization"]["nearest_distance"], metrics["memorization"]["control"]
     assert control["images"] == 100 and control["train_rate"] == metrics["memorization"]["gap_ratio"]["rate"]
     assert nearest["holdout_median"] == pytest.approx(nearest["median"], rel=0.1)
-    everything, _ = evaluate(samples, holdout, train, settings={})
+    everything, *_ = evaluate(samples, holdout, train, settings={})
     assert everything["memorization"]["nearest_distance"]["median"] < 0.9 * nearest["holdout_median"]
     # Now fewer are held out than trained: the control has the smaller count on both sides.
     control = everything["memorization"]["control"]
@@ -92,7 +92,7 @@ def test_control_searches_as_many_images_as_the_training_side(digits):
 
 def test_duplicates_count_once_on_both_sides():
     samples, train, holdout = _planted()
-    metrics, _ = evaluate(samples, np.concatenate([train, train[:20]]), holdout.repeat(2, axis=0), settings={})
+    metrics, *_ = evaluate(samples, np.concatenate([train, train[:20]]), holdout.repeat(2, axis=0), settings={})
     assert metrics["memorization"]["gap_ratio"]["rate"] == 0.30
     assert metrics["counts"]["train"] == 70 and metrics["counts"]["train_distinct"] == 50
     assert metrics["counts"]["holdout_distinct"] == 80 and metrics["memorization"]["control"]["images"] == 50

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastambient.evaluation import evaluate
+from fastambient.evaluation import evaluate, report
 from fastambient.evaluation.report import RunReport, gallery, nearest_pairs, write_report
 from fastambient.pictures import grid
 
@@ -25,13 +25,14 @@ def _run(name: str, sigma_tn: float, copies: int, *, per_sigma: bool = True, sta
     train, holdout, samples = _noise_set(50, 1), _noise_set(80, 2), _noise_set(100, 3)
     samples[:copies] = train[:copies] + 1
     settings = {"noise": {"sigma_tn": sigma_tn}, "note": "<i>note</i>"}
-    metrics, neighbours = evaluate(samples, train, holdout, settings=settings)
+    metrics, neighbours, control = evaluate(samples, train, holdout, settings=settings)
     steps = [{"nimg": 64 * (i + 1), "loss": 60 / (i + 1) + 10} for i in range(500)] + [{"nimg": 32064, "loss": None}]
     levels = [{"sigma": s, "loss": 1 + 1 / s} for s in (0.01, 0.1, 1.0, 10.0)]
     pairs = nearest_pairs(samples, neighbours, train, 8)
     return RunReport(
-        name, sigma_tn, metrics, steps if stats else [], grid(samples[:16]), pairs, levels if per_sigma else ()
-    )
+        name, sigma_tn, metrics, steps if stats else [], grid(samples[:16]), pairs,
+        nearest_pairs(samples, control, holdout, 3), neighbours.ratio, control.ratio, levels if per_sigma else (),
+    )  # fmt: skip
 
 
 class _Page(HTMLParser):
@@ -120,7 +121,7 @@ def test_is_accessible(page):
     assert all(b - a <= 1 for a, b in itertools.pairwise(headings))
     assert (
         sum(attributes.get("role") == "img" and bool(attributes.get("aria-label")) for _, attributes in parsed.tags)
-        == 2
+        == 4
     )
     assert (
         "width=device-width" in html and "prefers-color-scheme: dark" in html and "image-rendering: pixelated" in html
@@ -131,7 +132,7 @@ def test_pictures_are_the_pictures(page):
     _, parsed = page
     run = _run("x", 0.0, 30)
     sources = [a["src"] for tag, a in parsed.tags if tag == "img"]
-    assert len(sources) == 2 + 2 * 2 * 8
+    assert len(sources) == 2 + 2 * 2 * (8 + 3)
 
     def decode(source):
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
@@ -139,15 +140,72 @@ def test_pictures_are_the_pictures(page):
     assert np.array_equal(decode(sources[0]), run.grid[0])
     assert np.array_equal(decode(sources[2]), run.pairs.samples[0, 0])
     assert np.array_equal(decode(sources[3]), run.pairs.nearest[0, 0])
+    control = sources[2 + 2 * 8 : 2 + 2 * (8 + 3)]
+    for i in range(3):
+        assert np.array_equal(decode(control[2 * i]), run.control_pairs.samples[i, 0])
+        assert np.array_equal(decode(control[2 * i + 1]), run.control_pairs.nearest[i, 0])
 
 
 def test_copies_are_marked_in_words(page):
     _, parsed = page
     items = [attributes for tag, attributes in parsed.tags if tag == "li" and "data-ratio" in attributes]
-    assert len(items) == 16 and sum(a.get("class") == "copy" for a in items) == 8 + 4
+    assert len(items) == 2 * (8 + 3) and sum(a.get("class") == "copy" for a in items) == 8 + 4
     ratios = [float(a["data-ratio"]) for a in items]
-    assert ratios[:8] == sorted(ratios[:8]) and ratios[8:] == sorted(ratios[8:])
+    for part in (ratios[:8], ratios[8:11], ratios[11:19], ratios[19:]):
+        assert part == sorted(part)
     assert parsed.text.count("Copy, ratio") == 12
+
+
+def test_the_control_shows_held_out_images_at_the_same_ranks(page):
+    _, parsed = page
+    assert parsed.text.count("Control: the 3 lowest ratios of the same samples among 50 held-out images.") == 2
+    run, holdout = _run("x", 0.0, 30), _noise_set(80, 2)
+    assert np.array_equal(run.control_pairs.nearest, holdout[run.control_pairs.index]), "places in all held-out images"
+    alts = [a["alt"] for tag, a in parsed.tags if tag == "img"]
+    assert alts[2 + 2 * 8 + 1] == f"Held-out image {run.control_pairs.index[0]}" and alts[3].startswith(
+        "Training image"
+    )
+
+
+def test_the_histogram_tells_copies_from_the_control(page):
+    html, parsed = page
+    labels = [a["aria-label"] for _, a in parsed.tags if a.get("role") == "img"]
+    assert labels[0] == (
+        "Histogram of the gap ratios of edm <script>alert(1)</script>: 30.0\N{NO-BREAK SPACE}% of the samples lie below"
+        " 0.333 among training images, 0.0\N{NO-BREAK SPACE}% among held-out images"
+    )
+    assert "100 samples among 50 training images (filled) and 50 held-out images (outlined)" in parsed.text
+    run = _run("x", 0.0, 30)
+    train, control = report._shares(run.ratios), report._shares(run.control_ratios)
+    assert train.sum() == pytest.approx(100) and control.sum() == pytest.approx(100)
+    assert train[:8].sum() == pytest.approx(30) and control[:8].sum() == 0, "bins below 1/3 hold the copies"
+    assert report._shares(np.array([0.0, 1.0])).tolist() == [50, *[0] * 22, 50], "an edge counts"
+    drawn = report._histogram(train, control, 1 / 3, 50.0, 0)
+    assert "copies</text>" in drawn and "gap ratio d1/d2</text>" in drawn
+    assert drawn != report._histogram(train, control, 0.6, 50.0, 0) and drawn != report._histogram(
+        train, train, 1 / 3, 50.0, 0
+    )
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_medians_are_of_equally_many_images(tmp_path):
+    """Of 80 held-out images against 200 training images the nearest lies farther, copied or not."""
+    train, holdout, samples = _noise_set(200, 1), _noise_set(80, 2), _noise_set(100, 3)
+    metrics, neighbours, control = evaluate(samples, train, holdout, settings={})
+    pairs = nearest_pairs(samples, neighbours, train, 2), nearest_pairs(samples, control, holdout, 2)
+    run = RunReport("r", 0.0, metrics, [], grid(samples[:4]), *pairs, neighbours.ratio, control.ratio)
+    write_report(tmp_path / "report.html", [run], title="t")
+    text = _Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    m = metrics["memorization"]
+    shown = [f"{d:.3g} of 80 images" for d in (m["control"]["train_median"], m["nearest_distance"]["holdout_median"])]
+    assert " ".join(shown) in text and f"{m['nearest_distance']['median']:.3g}" != shown[0].split()[0]
+    assert f"{m['nearest_distance']['median']:.3g} of" not in text
+
+
+def test_few_pictures_are_said_once(page):
+    note = "The Frechet distance of 100 samples to 80 held-out images is biased"
+    assert page[1].text.count(note) == 1
 
 
 def test_comparison_claims_a_difference_only_where_intervals_are_apart(tmp_path):
@@ -174,7 +232,7 @@ def test_pairs_and_gallery_are_sorted_and_mirrored():
     train, samples = _noise_set(50, 1), _noise_set(20, 3)
     samples[7] = train[3, ..., ::-1]
     samples[11] = train[9] + 2
-    _, neighbours = evaluate(samples, train, _noise_set(60, 2), flips=True, settings={})
+    _, neighbours, _ = evaluate(samples, train, _noise_set(60, 2), flips=True, settings={})
     pairs = nearest_pairs(samples, neighbours, train, 6)
     assert pairs.index[:2].tolist() == [3, 9] and pairs.ratio[0] == 0 and (np.diff(pairs.ratio) >= 0).all()
     assert np.array_equal(pairs.nearest[0], samples[7]) and np.array_equal(pairs.nearest[1], train[9])

@@ -15,7 +15,7 @@ products over 1,024 columns at a time, added in float64: all squared distances a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,13 +71,20 @@ def fingerprints(images: np.ndarray, *, flips: bool = False) -> Iterator[bytes]:
         yield hashlib.sha256(pixels).digest()
 
 
-def nearest_two(samples: np.ndarray, images: np.ndarray, *, flips: bool = False) -> Neighbours:
+def nearest_two(
+    samples: np.ndarray,
+    images: np.ndarray,
+    *,
+    flips: bool = False,
+    on_block: Callable[[int], None] | None = None,
+) -> Neighbours:
     """The exact nearest and second nearest distinct image of each sample.
 
     Parameters
     ----------
     samples, images: uint8 [N, C, H, W] and [M, C, H, W].
     flips: an image is as near as the nearer of itself and its mirror image (for models trained with x-flips).
+    on_block: called after each block with the number of pairs (a sample, a distinct image) that it compared.
 
     Raises
     ------
@@ -102,7 +109,7 @@ def nearest_two(samples: np.ndarray, images: np.ndarray, *, flips: bool = False)
     for start in range(0, len(samples), _SAMPLE_BLOCK):
         rows = slice(start, start + _SAMPLE_BLOCK)
         block = samples[rows]
-        squared[rows], nearest = _search(block, images, positions, flips)
+        squared[rows], nearest = _search(block, images, positions, flips, on_block)
         index[rows] = positions[nearest]
         if flips:
             found = images[index[rows, 0]]
@@ -111,7 +118,11 @@ def nearest_two(samples: np.ndarray, images: np.ndarray, *, flips: bool = False)
 
 
 def _search(
-    samples: np.ndarray, images: np.ndarray, positions: np.ndarray, flips: bool
+    samples: np.ndarray,
+    images: np.ndarray,
+    positions: np.ndarray,
+    flips: bool,
+    on_block: Callable[[int], None] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared distances float64 [n, 2] in grey levels and the neighbours' places in `positions` [n, 2]."""
     a = _integers(samples)
@@ -132,6 +143,8 @@ def _search(
             i = d.argmin(1)
             best[:, k], place[:, k] = d[row, i], places[row, i]
             d[row, i] = np.inf
+        if on_block is not None:
+            on_block(len(a) * len(block))
     return best, place
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from typing import Any
 
 import numpy as np
 
+from fastambient.console import progress
 from fastambient.errors import InputError
 from fastambient.evaluation.frechet import frechet_distance
 from fastambient.evaluation.memorization import (
@@ -33,7 +35,7 @@ def evaluate(
     seed: int = 0,
     flips: bool = False,
     settings: dict[str, Any],
-) -> tuple[dict[str, Any], Neighbours]:
+) -> tuple[dict[str, Any], Neighbours, Neighbours]:
     """Measure samples against the training images and against held-out images that never trained.
 
     The copy rate searches all training images. A nearest neighbour lies the nearer, the more images are searched, so
@@ -51,8 +53,8 @@ def evaluate(
 
     Returns
     -------
-    The content of metrics.json (JSON types only; distances are L2 over pixels in [-1, 1]), and the neighbours of the
-    samples among the training images, for galleries.
+    The content of metrics.json (JSON types only; distances are L2 over pixels in [-1, 1]), the neighbours of the
+    samples among all training images, and those among the control's held-out images, for galleries.
 
     Raises
     ------
@@ -69,36 +71,38 @@ def evaluate(
         raise InputError(f"threshold is {threshold}, expected a gap ratio in (0, 1]; the usual one is 1/3")
     if bootstrap < 1:
         raise InputError(f"bootstrap is {bootstrap}, expected at least 1 resample")
-    for name, images in (("samples", samples), ("training images", train), ("held-out images", holdout)):
-        if len(images) < 2:
-            raise InputError(f"an evaluation with {len(images)} {name}, expected at least 2; take more")
-        if images.shape[1:] != train.shape[1:]:
-            raise InputError(
-                f"{name} of {list(images.shape[1:])}, expected the training images' {list(train.shape[1:])} (C, H, W);"
-                " evaluate with the data the model was trained on"
-            )
-    shared = len(set(fingerprints(train, flips=flips)) & set(fingerprints(holdout, flips=flips)))
-    if shared:
-        mirrored, remedy = (" or their mirror images", "leave mirrored copies out") if flips else ("", "split again")
+    if len(samples) < 2:
+        raise InputError(f"an evaluation with {len(samples)} samples, expected at least 2; take more")
+    if samples.shape[1:] != train.shape[1:]:
         raise InputError(
-            f"{shared} held-out images are training images{mirrored}, expected none: a control must not have trained;"
-            f" {remedy}"
+            f"samples of {list(samples.shape[1:])}, expected the training images' {list(train.shape[1:])} (C, H, W);"
+            " evaluate with the data the model was trained on"
         )
+    train_distinct, holdout_distinct = check_sets(train, holdout, flips=flips)
 
-    train_distinct, holdout_distinct = distinct(train, flips=flips), distinct(holdout, flips=flips)
     count = min(len(train_distinct), len(holdout_distinct))
+    matched = count == len(train_distinct)
     generator = np.random.default_rng(seed)
-    neighbours = nearest_two(samples, train, flips=flips)
-    control = nearest_two(samples, holdout[_choose(holdout_distinct, count, generator)], flips=flips)
-    if count == len(train_distinct):
+    pairs = len(samples) * (len(train_distinct) + count * (1 if matched else 2))
+    with progress("nearest neighbours", pairs, "pairs") as advance:
+        neighbours = nearest_two(samples, train, flips=flips, on_block=advance)
+        chosen = _choose(holdout_distinct, count, generator)
+        control = nearest_two(samples, holdout[chosen], flips=flips, on_block=advance)
+        control = dataclasses.replace(control, index=chosen[control.index])
         same_count = neighbours
-    else:
-        same_count = nearest_two(samples, train[_choose(train_distinct, count, generator)], flips=flips)
+        if not matched:
+            some = _choose(train_distinct, count, generator)
+            same_count = nearest_two(samples, train[some], flips=flips, on_block=advance)
 
     copies = neighbours.copies(threshold)
     per_image = copies_per_image(neighbours, threshold)
     times, images_with = np.unique(list(per_image.values()), return_counts=True)
     reference = _pixels(holdout)
+    distances = []
+    with progress("Frechet distance", 2, "sets") as advance:
+        for images in (samples, train):
+            distances.append(frechet_distance(_pixels(images), reference))
+            advance(1)
     metrics = {
         "counts": {
             "train": len(train),
@@ -109,9 +113,10 @@ def evaluate(
         },
         "frechet": {
             "pixel": {
-                "value": frechet_distance(_pixels(samples), reference),
+                "value": distances[0],
                 "reference": f"holdout ({len(holdout)} images)",
-                "train_vs_reference": frechet_distance(_pixels(train), reference),
+                "train_vs_reference": distances[1],
+                "dimensions": reference.shape[1],
             }
         },
         "memorization": {
@@ -142,7 +147,36 @@ def evaluate(
             "protocol": {"space": "pixels in [-1, 1]", "flips": flips, "bootstrap": bootstrap, "seed": seed},
         },
     }
-    return to_json(metrics), neighbours
+    return to_json(metrics), neighbours, control
+
+
+def check_sets(train: np.ndarray, holdout: np.ndarray, *, flips: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """`distinct` positions of the training and of the held-out images, which must be able to serve as each other's
+    control.
+
+    Raises
+    ------
+    InputError
+        Fewer than two distinct images on a side, different sizes, or a held-out image that trained.
+    """
+    if holdout.shape[1:] != train.shape[1:]:
+        raise InputError(
+            f"held-out images of {list(holdout.shape[1:])}, expected the training images' {list(train.shape[1:])}"
+            " (C, H, W); evaluate with the data the model was trained on"
+        )
+    positions = distinct(train, flips=flips), distinct(holdout, flips=flips)
+    for name, images, found in zip(("training", "held-out"), (train, holdout), positions, strict=True):
+        if len(found) < 2:
+            what = "" if len(found) == len(images) else f" that are one picture{' or its mirror image' * flips}"
+            raise InputError(f"an evaluation with {len(images)} {name} images{what}, expected at least 2; take more")
+    shared = len(set(fingerprints(train, flips=flips)) & set(fingerprints(holdout, flips=flips)))
+    if shared:
+        mirrored, remedy = (" or their mirror images", "leave mirrored copies out") if flips else ("", "split again")
+        raise InputError(
+            f"{shared} held-out images are training images{mirrored}, expected none: a control must not have trained;"
+            f" {remedy}"
+        )
+    return positions
 
 
 def _choose(positions: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

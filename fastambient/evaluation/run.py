@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fastambient.console import progress, warn
 from fastambient.errors import InputError
-from fastambient.evaluation.metrics import evaluate
-from fastambient.evaluation.report import RunReport, gallery, nearest_pairs, write_report
+from fastambient.evaluation.metrics import check_sets, evaluate
+from fastambient.evaluation.report import RunReport, fd_note, gallery, nearest_pairs, write_report
 from fastambient.files import write_json
 from fastambient.pictures import grid, load_pictures, save_png
 from fastambient.sampling import load, sample
 from fastambient.training.run import RunFolder
 
-_PAIRS = 48  # of the gallery: the samples nearest to a training image
+_PAIRS = 24  # of the gallery: the samples nearest to a training image
+_CONTROL_PAIRS = 6  # the same samples' nearest held-out images, for comparison
 _GRID = 64
 
 
@@ -62,7 +64,14 @@ def evaluate_run(
     settings = run.read_settings()
     store = run.open_store(verify=False)
     if len(store.holdout) < 2:
-        raise InputError(f"{run.store_path} holds no held-out images, without which copying cannot be told from chance")
+        raise InputError(
+            f"{run.store_path} holds {len(store.holdout) or 'no'} held-out images, expected at least 2: without them"
+            " copying cannot be told from chance; prepare it with a larger --holdout"
+        )
+    e = settings.evaluation
+    flips = e.flips or settings.data.xflip
+    train, holdout = (np.asarray(side.images[:]) for side in (store.train, store.holdout))
+    check_sets(train, holdout, flips=flips)
     target = out or run.metrics
     beside = (lambda part: target.with_name(f"{target.stem}-{part}")) if out else (lambda part: path / part)
     if target.is_dir() or not target.parent.is_dir():  # found now, not after the sampling
@@ -86,10 +95,9 @@ def evaluate_run(
         seeds, trained = f"0-{count - 1}", denoiser.metadata["nimg"] / 1000
     if trained is not None and trained < settings.training.kimg:
         warn(f"{path} is not finished: {trained:g} of {settings.training.kimg:g} kimg; longer training copies more")
-    e, train = settings.evaluation, np.asarray(store.train.images[:])
-    metrics, neighbours = evaluate(
-        pictures, train, np.asarray(store.holdout.images[:]),
-        threshold=e.threshold, bootstrap=e.bootstrap, seed=e.seed, flips=e.flips or settings.data.xflip,
+    metrics, neighbours, control = evaluate(
+        pictures, train, holdout,
+        threshold=e.threshold, bootstrap=e.bootstrap, seed=e.seed, flips=flips,
         settings={
             "sigma_tn": settings.noise.sigma_tn,
             "resolution": store.resolution,
@@ -113,6 +121,9 @@ def evaluate_run(
         stats=stats,
         grid=overview,
         pairs=nearest_pairs(pictures, neighbours, train, _PAIRS),
+        control_pairs=nearest_pairs(pictures, control, holdout, _CONTROL_PAIRS),
+        ratios=neighbours.ratio,
+        control_ratios=control.ratio,
         per_sigma=_per_sigma(run),
     )
     write_report(beside("report.html"), [report], title=f"fastambient: {report.name}")
@@ -133,32 +144,42 @@ def _per_sigma(run: RunFolder) -> list[dict[str, float]]:
 
 
 def print_table(evaluated: Sequence[Evaluated]) -> None:
-    """One row a run, to stdout."""
-    table = Table()
-    table.add_column("model")
-    heads = ("sigma_tn", "FD pixel", "copy rate", "95 % interval", "held-out control", "nearest (L2)", "held-out (L2)")
+    """One row a run, to stdout, within 80 columns, and what its figures mean."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("model", overflow="fold")
+    heads = ("sigma_tn", "FD to\nheld-out", "copy rate (95 %)", "held-out\ncontrol", "median L2 to\ntrain/held-out")
     for head in heads:
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     for item in evaluated:
-        m = item.metrics
-        gap, near = m["memorization"]["gap_ratio"], m["memorization"]["nearest_distance"]
-        low, high = gap["ci95"]
+        m = item.metrics["memorization"]
+        gap, low, high = m["gap_ratio"], *(100 * side for side in m["gap_ratio"]["ci95"])
         table.add_row(
-            item.report.name, f"{item.report.sigma_tn:g}", f"{m['frechet']['pixel']['value']:.3f}",
-            f"{gap['rate']:.1%}", f"{low:.1%} - {high:.1%}", f"{gap['holdout_rate']:.1%}",
-            f"{near['median']:.3f}", f"{near['holdout_median']:.3f}",
+            item.report.name, f"{item.report.sigma_tn:g}", f"{item.metrics['frechet']['pixel']['value']:.3f}",
+            f"{100 * gap['rate']:.1f} % ({low:.1f} - {high:.1f})", f"{100 * gap['holdout_rate']:.1f} %",
+            f"{m['control']['train_median']:.2f} / {m['nearest_distance']['holdout_median']:.2f}",
         )  # fmt: skip
-    out = Console(width=None if Console().is_terminal else 120)
+    out = Console(width=None if Console().is_terminal else 120, highlight=False)
     out.print(table)
-    m = evaluated[0].metrics
-    fd = m["frechet"]["pixel"]
-    counts = ", ".join(dict.fromkeys(str(item.metrics["counts"]["samples"]) for item in evaluated))
-    out.print(
-        f"FD pixel: Frechet distance of {counts} samples to the {fd['reference']}, in pixel space; the"
-        f" {m['counts']['train']} training images have {fd['train_vs_reference']:.3f}. Copy rate: samples whose nearest"
-        f" training image is {1 / m['memorization']['gap_ratio']['threshold']:.3g} times nearer than the second; the"
-        f" control searches {m['memorization']['control']['images']} held-out images. Lower is better; less copying is"
-        " no privacy guarantee.",
-        soft_wrap=True,
-        highlight=False,
-    )
+    for line in _notes([item.metrics for item in evaluated], [item.report.name for item in evaluated]):
+        out.print(line, soft_wrap=not out.is_terminal, markup=False)
+
+
+def _notes(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """What the figures are, one line each; the runs share their data, so the first one's counts stand for all."""
+    m = metrics[0]
+    fd, searched, gap = m["frechet"]["pixel"], m["memorization"]["control"]["images"], m["memorization"]["gap_ratio"]
+    counts = ", ".join(dict.fromkeys(str(each["counts"]["samples"]) for each in metrics))
+    lines = [
+        f"FD: Frechet distance of {counts} samples to the {fd['reference']}, in pixel space; the"
+        f" {m['counts']['train']} training images have {fd['train_vs_reference']:.3f}.",
+        f"Copy rate: samples whose nearest of {m['counts']['train_distinct']} training images is"
+        f" {1 / gap['threshold']:.3g} times nearer than the second; the control searches {searched} held-out images.",
+        f"Median L2: distance of a sample to the nearest of {searched} training and of {searched} held-out images:"
+        " equally many, because the nearest of more images lies nearer.",
+    ]
+    if searched < m["counts"]["train_distinct"]:
+        rates = (f"{name} {100 * each['memorization']['control']['train_rate']:.1f} %"
+                 for name, each in zip(names, metrics, strict=True))  # fmt: skip
+        lines.insert(2, f"Against as many training images as the control's, the copy rate is: {', '.join(rates)}.")
+    lines += dict.fromkeys(note for each in metrics if (note := fd_note(each)))
+    return [*lines, "Lower FD and copy rates are better; less copying is no privacy guarantee."]
