@@ -24,13 +24,14 @@ from fastambient.data.store import Store
 from fastambient.diffusion.ambient import share_message
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.errors import FastambientError
+from fastambient.nvml import open_gpu
 from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
 from fastambient.training import checkpoint
 from fastambient.training.config import Settings, network_config
 from fastambient.training.distributed import World
 from fastambient.training.estimate import estimate_run
-from fastambient.training.monitor import Monitor, SigmaLoss
+from fastambient.training.monitor import Monitor, SigmaLoss, gpu_fields
 from fastambient.training.optimizer import (
     build_optimizer,
     ema_weights,
@@ -202,23 +203,32 @@ class Trainer:
                 self.run, nimg=self.nimg, total_nimg=self.total_nimg, device=world.device, sizes=self.log_sizes
             )
         saved_at = self.nimg if self.log_sizes else -1
+        gpu, read_at = open_gpu(world.device), self.nimg
+        if gpu is not None:
+            gpu.read()  # energy counts from here
         with StopSignal().listen() as stop:
             began = time.perf_counter()
             while self.nimg < self.total_nimg:
                 step_began = time.perf_counter()
-                result = self.step(self.nimg, stop=stop.signum is not None)
+                line = self.monitor is not None and self.monitor.line_due()
+                result = self.step(self.nimg, stop=stop.signum is not None, line=line)
                 self.nimg += t.batch
                 now = time.perf_counter()
                 elapsed = now - step_began
                 self.seconds, began = self.seconds + now - began, now  # with the pictures and checkpoints in between
                 finished = self.nimg >= self.total_nimg
                 due = finished or crosses(self.nimg, t.batch, t.checkpoint_kimg or 0)
+                line = due or result.line  # on every rank: each reads its own GPU
+                gauges = {}
+                if line:
+                    gauges, read_at = gpu_fields(gpu, world, images=self.nimg - read_at), self.nimg
                 if self.monitor is not None:
                     record = {"nimg": self.nimg} | dataclasses.asdict(result) | {"images_per_second": t.batch / elapsed}
-                    del record["stop"]
-                    self.monitor.step(record)
-                    if due:
+                    del record["stop"], record["line"]
+                    self.monitor.step(record | gauges)
+                    if line:
                         self.monitor.line()
+                    if due:
                         self.monitor.sigma_row(self.sigma_loss.row(self.nimg))
                     if crosses(self.nimg, t.batch, t.sample_kimg or 0) or (finished and t.sample_kimg):
                         self.sample_grid()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -12,10 +14,13 @@ import torch
 from torch import Tensor
 
 from fastambient.console import duration, say
+from fastambient.nvml import Gpu, Reading, summary
+from fastambient.training.distributed import World
 from fastambient.training.run import RunFolder, truncate
 
 SIGMA_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the per-sigma table, roughly even in ln sigma
 _LINE_EVERY_SECONDS = 5.0
+_GPU_POINTS = ("gpu_util", "gpu_memory_gb", "gpu_power_w", "gpu_clock_mhz", "gpu_memory_clock_mhz", "joules_per_image")
 
 
 class SigmaLoss:
@@ -63,6 +68,30 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def gpu_fields(gpu: Gpu | None, world: World, *, images: int) -> dict[str, Any]:
+    """`summary` of every rank's GPU, on every rank; `images` of all ranks since the last call. All ranks must call."""
+    names = [field.name for field in dataclasses.fields(Reading)]
+    table = torch.zeros((world.size, len(names)), dtype=torch.float64)
+    own = dataclasses.astuple(gpu.read()) if gpu is not None else [None] * len(names)
+    table[world.rank] = torch.tensor([math.nan if value is None else value for value in own], dtype=torch.float64)
+    rows = world.sum(table.to(world.device)).tolist()
+    readings = [Reading(*(None if math.isnan(value) else value for value in row)) for row in rows]
+    return summary(readings, images=images)
+
+
+def _gpu_words(record: dict[str, Any]) -> str:
+    """The console line's part on the GPU: as much as there is."""
+    parts = [
+        f"{record[name]:{form}}{unit}"
+        for name, form, unit in (
+            ("gpu_util", ".0f", " %"), ("gpu_power_w", ".0f", " W"), ("gpu_clock_mhz", ".0f", " MHz"),
+            ("joules_per_image", ".3g", " J/image"),
+        ) if name in record
+    ]  # fmt: skip
+    parts += record.get("gpu_throttle", [])
+    return f"  GPU {', '.join(parts)}" if parts else ""
+
+
 class Monitor:
     """Writes the logs of rank 0. `sizes` of the last checkpoint cut off what a killed run logged after it."""
 
@@ -90,8 +119,9 @@ class Monitor:
     def step(self, record: dict[str, Any]) -> None:
         self.stats.write(json.dumps(record) + "\n")
         self.recent.append(record)
-        if time.monotonic() - self.line_time >= _LINE_EVERY_SECONDS:
-            self.line()
+
+    def line_due(self) -> bool:
+        return time.monotonic() - self.line_time >= _LINE_EVERY_SECONDS
 
     def line(self) -> None:
         """The console line and TensorBoard's points: means since the last line."""
@@ -104,10 +134,12 @@ class Monitor:
         say(
             f"kimg {nimg / 1000:.1f}/{self.total_nimg / 1000:g}  loss {loss:.4g}  {rate:,.0f} images/s"
             f"  {1000 / rate:.3g} sec/kimg  ambient {share:.0%}  memory {peak_memory(self.device) / 2**30:.2f} GiB"
-            f"  {duration(self._seconds_left(now, nimg))} left" + (f"  {bad} non-finite gradients" if bad else "")
+            f"{_gpu_words(self.recent[-1])}  {duration(self._seconds_left(now, nimg))} left"
+            + (f"  {bad} non-finite gradients" if bad else "")
         )
         points = {"loss": loss, "ambient_share": share, "images_per_second": rate, "nonfinite_grads": bad}
-        for name, value in (points | {k: self.recent[-1][k] for k in ("lr", "grad_norm")}).items():
+        last = {k: v for k, v in self.recent[-1].items() if k in ("lr", "grad_norm") or k in _GPU_POINTS}
+        for name, value in (points | last).items():
             self.writer.add_scalar(f"training/{name}", value, nimg)
         self.line_time, self.line_nimg = now, nimg
         self.recent.clear()

@@ -33,6 +33,7 @@ class StepResult:
     nonfinite_grads: int  # entries replaced by the clean-up
     ambient_share: float  # of this batch's draws
     stop: bool  # some rank was asked to stop
+    line: bool  # rank 0 is about to print a line
 
 
 class TrainingStep:
@@ -79,7 +80,7 @@ class TrainingStep:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
 
-    def __call__(self, nimg: int, *, stop: bool = False) -> StepResult:
+    def __call__(self, nimg: int, *, stop: bool = False, line: bool = False) -> StepResult:
         t, world = self.settings.training, self.world
         first = nimg + world.rank * self.share
         bins = None
@@ -95,9 +96,9 @@ class TrainingStep:
             bins = part if bins is None else bins + part
             ambient += is_ambient(sigma, self.settings.noise.sigma_tn or 0.0).sum()
         assert bins is not None
-        asked = torch.tensor([float(stop)], device=world.device)
+        asked = torch.tensor([float(stop), float(line)], device=world.device)
         totals = world.sum(torch.cat([bins.flatten(), ambient.double()[None], asked])).cpu()
-        bins = totals[:-2].view(2, -1)
+        bins, (draws, stops, lines) = totals[:-3].view(2, -1), totals[-3:].tolist()
         self.sigma_loss.sums += bins
 
         lr = learning_rate(nimg, t)
@@ -108,7 +109,7 @@ class TrainingStep:
         norm, bad = self.optimizer.grad_norm, self.optimizer.nonfinite
         assert norm is not None and bad is not None
         return StepResult(
-            float(bins[0].sum()) / t.batch, lr, float(norm), int(bad), float(totals[-2]) / t.batch, bool(totals[-1] > 0)
+            float(bins[0].sum()) / t.batch, lr, float(norm), int(bad), draws / t.batch, stop=stops > 0, line=lines > 0
         )
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
