@@ -12,12 +12,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from fastambient.nvml import Reading, open_gpu, summary
 
 Work = Callable[[], object]
 
@@ -35,6 +38,26 @@ class Row:
     floor_fraction: float  # the floor of this run over our time; for an operator, its useful bytes at the copy rate
     agreement: float  # largest relative difference of the compared results
     size: str = ""
+    gpu: dict[str, Any] | None = (
+        None  # while ours was timed, as `fastambient.nvml.summary`; joules: of one call of ours
+    )
+
+
+class Times(dict[str, list[float]]):
+    """Seconds of each work in each round, and what NVML said of the GPU right after each."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__({name: [] for name in names})
+        self.readings: dict[str, list[Reading]] = {name: [] for name in self}
+
+    def gpu(self, name: str) -> dict[str, Any] | None:
+        """None without a GPU that can be read. Energy needs a second of work: the counter ticks some 10 times in it."""
+        readings = self.readings[name]
+        if not readings:
+            return None
+        joules = [r.joules for r in readings if r.joules is not None]
+        whole = len(joules) == len(readings) and sum(self[name]) >= 1
+        return summary(readings) | ({"joules": sum(joules) / len(joules)} if whole else {})
 
 
 def synchronize(device: torch.device) -> None:
@@ -42,11 +65,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleave(
-    works: dict[str, Work], *, rounds: int, device: torch.device, seconds: float = 60
-) -> dict[str, list[float]]:
+def interleave(works: dict[str, Work], *, rounds: int, device: torch.device, seconds: float = 60) -> Times:
     """Seconds of each work in each round, after one warm-up each; at least five rounds, then as time allows."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times, gpu = Times(works), open_gpu(device)
     for work in works.values():
         work()
     began = time.perf_counter()
@@ -55,10 +76,14 @@ def interleave(
             break
         for name, work in works.items():
             synchronize(device)
+            if gpu is not None:
+                gpu.read()  # energy counts from here
             start = time.perf_counter()
             work()
             synchronize(device)
             times[name].append(time.perf_counter() - start)
+            if gpu is not None:
+                times.readings[name].append(gpu.read())
     return times
 
 
@@ -78,7 +103,7 @@ def copy_rate(device: torch.device, *, megabytes: int = 256, rounds: int = 9) ->
 def rows_of(
     work: str,
     ours: str,
-    times: dict[str, list[float]],
+    times: Times,
     *,
     floor: float,
     agreement: dict[str, float],
@@ -93,7 +118,20 @@ def rows_of(
         if name != ours:
             ratio = statistics.median(t / m for t, m in zip(theirs, mine, strict=True))
             their_ms = statistics.median(theirs) * 1e3
-            rows.append(Row(work, name, ratio, ms, their_ms, spread, floor * 1e3 / ms, agreement.get(name, 0.0), size))
+            rows.append(
+                Row(
+                    work,
+                    name,
+                    ratio,
+                    ms,
+                    their_ms,
+                    spread,
+                    floor * 1e3 / ms,
+                    agreement.get(name, 0.0),
+                    size,
+                    times.gpu(ours),
+                )
+            )
     return rows
 
 
@@ -109,7 +147,9 @@ def environment(device: torch.device) -> dict[str, object]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"device": name, "versions": versions, "date": str(date.today())}
+    found: dict[str, object] = {"device": name, "versions": versions, "date": str(date.today())}
+    gpu = open_gpu(device)
+    return found if gpu is None else found | {"gpu": gpu.describe()}
 
 
 def _cpu_name() -> str:
@@ -124,9 +164,14 @@ def _vector_units() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+def _plain(row: Row) -> dict[str, Any]:
+    found = asdict(row)
+    return {k: v for k, v in found.items() if k != "gpu" or v is not None}
+
+
 def write(rows: list[Row], device: torch.device, *, json_file: Path | None, results: str) -> None:
     """Print the table; write the rows to ``benchmarks/results/`` and, if asked for, to a file of the user's."""
-    found = environment(device) | {"rows": [asdict(row) for row in rows]}
+    found = environment(device) | {"rows": [_plain(row) for row in rows]}
     text = json.dumps(found, indent=1) + "\n"
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)

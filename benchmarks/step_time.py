@@ -195,6 +195,8 @@ def main() -> None:
     )
     report(times, floor, batch)
     print(f"peak memory {memory(device)}")
+    if gpu := times.gpu("ours"):
+        print(f"ours: {gpu}" + (f", {gpu['joules'] / batch:.3g} J an image" if "joules" in gpu else ""))
     rows = protocol.rows_of(
         f"train {arguments.preset} {precision}", "ours", times, floor=floor.seconds, agreement=found,
         size=f"batch {batch}",

@@ -13,10 +13,12 @@ from torch import nn
 from fastambient import models
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.diffusion.samplers import heun
+from fastambient.nvml import Reading
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import baselines
 import floor
+import protocol
 
 SONG = {"model_type": "SongUNet", "img_channels": 2, "model_channels": 8, "num_blocks": 1, "dropout": 0.0}
 NETWORKS = {
@@ -77,3 +79,35 @@ def test_the_floor_counts_every_product(monkeypatch, train):
     with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         network(x, torch.zeros(4))
     assert found.flops == counter.get_total_flops() if not train else found.flops > 2.5 * counter.get_total_flops()
+
+
+def test_rows_say_what_the_gpu_did(monkeypatch):
+    """Ours alone, its energy a call; on a CPU a row has no such field."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: float(next(ticks)))  # each call takes a second
+    counters = {"ours": 6.0, "theirs": 100.0, "before": 0.0}
+    running = ["before"]
+
+    class Gpu:
+        def read(self):
+            joules, running[0] = counters[running[0]], "before"
+            return Reading(90.0, 2e9, 400.0, 1500.0, 2000.0, 0x4 if joules == 6 else 0x20, joules)
+
+        def describe(self):
+            return {"driver": "1"}
+
+    works = {name: lambda name=name: running.__setitem__(0, name) for name in ("ours", "theirs")}
+    cpu = torch.device("cpu")
+
+    def row():
+        times = protocol.interleave(works, rounds=5, device=cpu)
+        (found,) = protocol.rows_of("w", "ours", times, floor=0.5, agreement={}, size="")
+        return protocol._plain(found)
+
+    assert "gpu" not in row() and "gpu" not in protocol.environment(cpu)
+    monkeypatch.setattr(protocol, "open_gpu", lambda device: Gpu())
+    found = row()["gpu"]
+    assert found["joules"] == 6 and found["gpu_throttle"] == ["power cap"] and found["gpu_clock_mhz"] == 1500
+    assert protocol.environment(cpu)["gpu"] == {"driver": "1"}
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: next(ticks) * 1e-3)
+    assert "joules" not in row()["gpu"], "less than the energy counter resolves"
