@@ -74,11 +74,11 @@ class TrainingSettings:
     lr_rampup_kimg: float = 0.0
     ema_halflife_kimg: float = 500.0
     ema_rampup_ratio: float | None = 0.05  # half-life at most this share of the images seen; None: no ramp
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: Literal["adam", "adamw", "apex"] = "adam"  # apex: Adam by NVIDIA's FusedAdam, on CUDA
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0  # adam: coupled (L2), adamw: decoupled
+    weight_decay: float = 0.0  # adam, apex: coupled (L2), adamw: decoupled
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0  # of initialisation, data order, sigma and fresh noise
     augment: float = 0.0  # probability of each of EDM's geometric augmentations, clean regime only
@@ -285,6 +285,8 @@ def check(settings: Settings) -> None:
     need(0 <= t.beta1 < 1 and 0 <= t.beta2 < 1, "training.beta1/beta2", (t.beta1, t.beta2), "in [0, 1)")
     finite("training.eps", t.eps, above=0)
     finite("training.weight_decay", t.weight_decay, least=0)
+    if t.optimizer == "apex" and t.device == "cpu":
+        raise InputError("training.optimizer apex runs on CUDA alone and training.device is cpu; use adam")
     need(0 <= t.augment <= 1, "training.augment", t.augment, "a probability in [0, 1]")
     if t.augment > 0 and t.augment_ambient == "reference" and settings.data.noisy != "none" and n.mode == "fixed":
         raise InputError(  # the copy was noised unaugmented, so that ambient draws would stay as they are

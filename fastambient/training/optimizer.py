@@ -1,6 +1,6 @@
 """Adam or AdamW with the moving average of the weights: schedules, and the way to a checkpoint and back.
 
-The step itself, clean-up of the gradients included, is `fastambient_kernels.AdamEMA`.
+The step itself, clean-up of the gradients included, is `fastambient_kernels.AdamEMA`, or the same over NVIDIA's apex.
 """
 
 from __future__ import annotations
@@ -10,14 +10,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastambient.errors import InputError
 from fastambient.training.config import TrainingSettings
 from fastambient_kernels import AdamEMA
+from fastambient_kernels.adam_ema_apex import ApexAdamEMA, missing
 
 
 def build_optimizer(network: nn.Module, settings: TrainingSettings) -> AdamEMA:
-    """One group, one average, in the order of ``network.parameters()``; float32 master weights."""
-    return AdamEMA(
-        list(network.parameters()),
+    """One group, one average, in the order of ``network.parameters()``; float32 master weights.
+
+    Raises
+    ------
+    InputError : apex is asked for and not available, or the network is not on a GPU
+    """
+    params = list(network.parameters())
+    if settings.optimizer == "apex":
+        need_apex(params[0].device)
+    kind = ApexAdamEMA if settings.optimizer == "apex" else AdamEMA
+    return kind(
+        params,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -25,6 +36,12 @@ def build_optimizer(network: nn.Module, settings: TrainingSettings) -> AdamEMA:
         decoupled_weight_decay=settings.optimizer == "adamw",
         emas=1,
     )
+
+
+def need_apex(device: torch.device) -> None:
+    """InputError where ``training.optimizer: apex`` cannot run on `device`."""
+    if (why := missing(device)) is not None:
+        raise InputError(f"training.optimizer apex: {why}; use adam, which needs no other package")
 
 
 def learning_rate(nimg: int, settings: TrainingSettings) -> float:

@@ -34,6 +34,7 @@ from fastambient.training.distributed import (
 )
 from fastambient.training.estimate import estimate_run
 from fastambient.training.loop import Interrupted, how_to_resume, train
+from fastambient.training.optimizer import need_apex
 from fastambient.training.run import RunFolder
 
 
@@ -107,6 +108,8 @@ def plan(request: TrainRequest) -> Plan:
         raise InputError(
             f"training.batch_gpu {t.batch_gpu} does not divide a rank's share of {t.batch // t.ranks} images"
         )
+    if t.optimizer == "apex":
+        need_apex(torch.device(t.device))
     with torch.device("meta"):  # a network that cannot be built is found before anything is written
         models.build(network_config(settings, channels=data.channels, num_classes=data.num_classes))
     return Plan(settings, data, request.noise_seed)
