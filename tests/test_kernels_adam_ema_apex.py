@@ -87,6 +87,9 @@ def trained(kind, *, steps=12, reload_at=None, **options):
             for values in state["state"].values():
                 values.update({k: v.contiguous() for k, v in values.items()})
             emas, optimizer = optimizer.ema_state(), make()
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            optimizer.step(ema_betas=(0.0, 0.0))  # a step that the state has to replace
             optimizer.load_state_dict(state)
             optimizer.load_ema_state(emas)
         for i, p in enumerate(params):
