@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastambient.nvml import Reading, open_gpu, summary
+from fastambient.system import processor
 
 Work = Callable[[], object]
 
@@ -140,7 +141,7 @@ def environment(device: torch.device) -> dict[str, object]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_vector_units()}"
+        name = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_vector_units()}"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "numpy", "fastambient"):
         try:
@@ -150,14 +151,6 @@ def environment(device: torch.device) -> dict[str, object]:
     found: dict[str, object] = {"device": name, "versions": versions, "date": str(date.today())}
     gpu = open_gpu(device)
     return found if gpu is None else found | {"gpu": gpu.describe()}
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
 
 
 def _vector_units() -> str:

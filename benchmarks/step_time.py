@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from fastambient.models.layers import Dropout
 from fastambient.models.presets import PRESETS
+from fastambient.planning import PIXELS as RESOLUTION
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
 from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, create_run, plan
 from fastambient_kernels import Stream, normal
 
-RESOLUTION = {"digits": 8, "small16": 16, "small32": 32, "cifar10-ddpmpp": 32, "cifar10-ncsnpp": 32}  # others: 64
 _CPU_BATCH = {"digits": 64, "small16": 32, "small32": 8, "small64": 4, "cifar10-ddpmpp": 4, "cifar10-ncsnpp": 4}
 _NOISE_SEED = 12345
 

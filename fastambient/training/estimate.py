@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fastambient import models
 from fastambient.console import duration
+from fastambient.planning import STATE_BYTES
 from fastambient.training.config import Settings, network_config
 
 _PROBE_SECONDS = 1.0  # ever more images are measured until this is spent; the last measurement may take as long again
 _SHORT_SECONDS = 0.1  # a measurement as short as this is taken twice: the first one pays for allocation
 _LONG_SECONDS = 24 * 3600.0
-_STATE_BYTES = 20  # a parameter: float32 weight, gradient, two moments, EMA
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: i
     growth = max(seconds - fewest_seconds, 0.0) / (images - fewest) if images > fewest else seconds / images
     pass_seconds = seconds + growth * (micro - images)
     activations = sum(size for pointer, size in saved.items() if pointer not in weights) / images
-    memory = parameters * _STATE_BYTES + activations * micro
+    memory = parameters * STATE_BYTES + activations * micro
     left = max(t.kimg - nimg / 1000, 0.0)
     total = left * 1000 / micro * pass_seconds / t.ranks
     text = (

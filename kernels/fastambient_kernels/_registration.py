@@ -105,7 +105,7 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | 
 
 
 def _announce(operator: str, taken: str, device: torch.device, reason: str | None) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or device.type == "meta":  # nothing is computed there
         return
     key = f"{operator}/{device.type}/{taken}"
     if key not in _announced:
