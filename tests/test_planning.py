@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cli
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastambient import counting, models, planning
+from fastambient import cli, counting, models, planning
 from fastambient.counting import Counts, Pass, count
 from fastambient.errors import InputError
 from fastambient.planning import Machine, Rate, check, compare, counts_of, make_plan, preset_settings
@@ -210,8 +209,9 @@ def test_the_repositorys_rows_can_be_planned(monkeypatch):
     assert rows and {key for key in rows if "digits" in key[1]} <= found
 
 
-def test_the_command():
-    options = ("--preset", "digits", "--gpus", 16, "--batch", 256, "--kimg", 5, "--precision", "bf16")
-    done = cli("plan", *options, "--device", "h100", "--set", "training.batch_gpu=8")
-    assert done.stdout.startswith("digits on 16 x h100, batch 256 (8 images at once), bf16") and not done.stderr
-    assert "run         5 kimg in" in done.stdout
+def test_the_command(capsys):
+    options = "--preset digits --gpus 16 --batch 256 --kimg 5 --precision bf16 --device h100".split()
+    cli.app(["plan", *options, "--set", "training.batch_gpu=8"], standalone_mode=False)
+    out, err = capsys.readouterr()
+    assert out.startswith("digits on 16 x h100, batch 256 (8 images at once), bf16") and not err
+    assert "run         5 kimg in" in out
