@@ -210,7 +210,20 @@ def test_the_repositorys_rows_can_be_planned(monkeypatch):
 
 
 def test_the_command(capsys):
-    options = "--preset digits --gpus 16 --batch 256 --kimg 5 --precision bf16 --device h100".split()
+    options = [
+        "--preset",
+        "digits",
+        "--gpus",
+        "16",
+        "--batch",
+        "256",
+        "--kimg",
+        "5",
+        "--precision",
+        "bf16",
+        "--device",
+        "h100",
+    ]
     cli.app(["plan", *options, "--set", "training.batch_gpu=8"], standalone_mode=False)
     out, err = capsys.readouterr()
     assert out.startswith("digits on 16 x h100, batch 256 (8 images at once), bf16") and not err
