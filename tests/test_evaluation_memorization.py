@@ -71,6 +71,7 @@ def test_planted_copies_are_counted_exactly():
     assert found.copies().tolist() == [True] * 30 + [False] * 70
     assert copies_per_image(found) == {**dict.fromkeys(range(6), 3), **dict.fromkeys(range(6, 12), 2)}
     assert list(copies_per_image(found)) == list(range(12))
+    assert sum(copies_per_image(found, 0.95).values()) == found.copies(0.95).sum() > 40
     assert nearest_two(samples, _random(60, seed=5)).copies().sum() == 0
 
 
@@ -102,6 +103,8 @@ def test_flips_find_mirrored_copies_and_a_mirror_is_no_second_image():
     assert flips.index[:, 0].tolist() == list(range(8))
     assert flips.flipped[1:].tolist() == [False] * 3 + [True] * 4
     assert distinct(train, flips=True).tolist() == list(range(19))
+    symmetric = np.concatenate([train, train[..., ::-1]], axis=3)
+    assert not nearest_two(_nudged(symmetric), symmetric, flips=True).flipped.any(), "its mirror image is no nearer"
 
 
 def test_bootstrap_interval_is_deterministic_and_close_to_the_binomial_one():

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from fastambient.errors import InputError
 from fastambient.evaluation import evaluate, frechet_distance
+from fastambient.evaluation.memorization import bootstrap_interval, copies_per_image
 from fastambient.evaluation.run import evaluate_run
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
@@ -64,6 +65,9 @@ def test_planted_copies_give_exactly_thirty_percent_and_the_control_none():
     assert neighbours.index[:30, 0].tolist() == list(range(30))
     nearest = metrics["memorization"]["nearest_distance"]
     assert nearest["median"] == np.median(neighbours.distance[:, 0]) and nearest["holdout_median"] > nearest["median"]
+    assert nearest["holdout_median"] == np.median(control.distance[:, 0])
+    found = (samples.astype(float) - holdout[control.index[:, 0]]).reshape(100, -1)
+    assert np.allclose(np.linalg.norm(found, axis=1) / 127.5, control.distance[:, 0]), "places in all held-out images"
 
 
 def test_frechet_is_in_pixels_against_all_held_out_images():
@@ -93,6 +97,10 @@ def test_control_searches_as_many_images_as_the_training_side(digits):
 def test_duplicates_count_once_on_both_sides():
     samples, train, holdout = _planted()
     metrics, *_ = evaluate(samples, np.concatenate([train, train[:20]]), holdout.repeat(2, axis=0), settings={})
+    assert metrics["counts"] == {
+        "train": 70, "holdout": 160, "samples": 100, "train_distinct": 50, "holdout_distinct": 80,
+    }  # fmt: skip
+    assert metrics["memorization"]["control"]["images"] == 50
     assert metrics["memorization"]["gap_ratio"]["rate"] == 0.30
     assert metrics["counts"]["train"] == 70 and metrics["counts"]["train_distinct"] == 50
     assert metrics["counts"]["holdout_distinct"] == 80 and metrics["memorization"]["control"]["images"] == 50
@@ -121,6 +129,8 @@ def test_flips_reach_both_searches():
     # the control searches mirror images just the same: all 50 of these are held out
     control = evaluate(mirrored, holdout, train, flips=True, settings={})[0]["memorization"]["gap_ratio"]
     assert control["rate"] == 0.0 and control["holdout_rate"] == 0.30
+    fewer = evaluate(mirrored, train, holdout[:40], flips=True, settings={})[0]["memorization"]["control"]
+    assert fewer["train_rate"] > 0.10, "and so does the training side at the control's count"
 
 
 def test_the_training_side_is_also_searched_at_the_controls_count():
@@ -129,6 +139,41 @@ def test_the_training_side_is_also_searched_at_the_controls_count():
     memorization = evaluate(samples, train, holdout[:20], settings={})[0]["memorization"]
     assert memorization["control"]["images"] == 20 and memorization["gap_ratio"]["rate"] == 0.30
     assert 0.03 <= memorization["control"]["train_rate"] <= 0.20
+
+
+def test_the_smaller_side_is_drawn_from_all_images():
+    """Sets may be sorted by class: the first 20 of 50 training images are not copied here, the others are."""
+    samples, train, holdout = _planted()
+    memorization = evaluate(samples, train[::-1], holdout[:20], settings={})[0]["memorization"]
+    assert memorization["control"]["train_rate"] > 0.05
+    control = evaluate(samples, holdout[:20], train[::-1], settings={})[0]["memorization"]["gap_ratio"]
+    assert control["holdout_rate"] > 0.05
+
+
+def test_every_parameter_reaches_every_figure():
+    samples, train, holdout = _planted()
+    metrics, neighbours, control = evaluate(
+        samples, train, holdout[:20], threshold=0.97, bootstrap=50, seed=7, settings={}
+    )
+    m, copies = metrics["memorization"], neighbours.copies(0.97)
+    assert 30 < copies.sum() < 100
+    assert m["gap_ratio"] == {
+        "threshold": 0.97,
+        "copies": copies.sum(),
+        "rate": copies.mean(),
+        "ci95": list(bootstrap_interval(copies, resamples=50, seed=7)),
+        "holdout_rate": control.copies(0.97).mean(),
+    }
+    assert m["gap_ratio"]["holdout_rate"] > 0.1
+    for other in ({"resamples": 50, "seed": 0}, {"seed": 7}):
+        assert m["gap_ratio"]["ci95"] != list(bootstrap_interval(copies, **other))
+    assert m["control"]["train_rate"] > 0.4, "of pictures of their own, too, some lie below 0.97"
+    copied = m["copies_per_train_image"]
+    assert copied["images_copied"] == len(copies_per_image(neighbours, 0.97))
+    assert sum(int(times) * images for times, images in copied["histogram"].items()) == copies.sum()
+    assert metrics["settings"]["protocol"] == {
+        "space": "pixels in [-1, 1]", "flips": False, "bootstrap": 50, "seed": 7,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_the_control_shows_held_out_images_at_the_same_ranks(page):
     _, parsed = page
     assert parsed.text.count("Control: the 3 lowest ratios of the same samples among 50 held-out images.") == 2
     run, holdout = _run("x", 0.0, 30), _noise_set(80, 2)
-    assert np.array_equal(run.control_pairs.nearest, holdout[run.control_pairs.index]), "places in all held-out images"
+    assert np.array_equal(run.control_pairs.nearest, holdout[run.control_pairs.index])
     alts = [a["alt"] for tag, a in parsed.tags if tag == "img"]
     assert alts[2 + 2 * 8 + 1] == f"Held-out image {run.control_pairs.index[0]}" and alts[3].startswith(
         "Training image"

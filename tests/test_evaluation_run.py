@@ -16,6 +16,7 @@ from fastambient.evaluation import run as evaluation_run
 from fastambient.evaluation.report import RunReport, nearest_pairs
 from fastambient.evaluation.run import Evaluated, evaluate_run, print_table
 from fastambient.pictures import grid
+from fastambient.training.run import RunFolder
 
 
 def _noise_set(n: int, seed: int) -> np.ndarray:
@@ -142,3 +143,24 @@ def test_sets_that_cannot_be_compared_are_found_before_sampling(tmp_path, monkey
     monkeypatch.setattr(evaluation_run, "load", lambda *a, **k: pytest.fail("loads the weights first"))
     with pytest.raises(InputError, match="held-out images are training images or their mirror images"):
         evaluate_run(run, num=2)
+
+
+@pytest.mark.parametrize("flips", ["evaluation.flips=true", "data.xflip=true", "evaluation.flips=false"])
+def test_a_runs_settings_reach_its_figures_and_its_report(tmp_path, flips):
+    told = ("evaluation.threshold=0.97", "evaluation.bootstrap=50", "evaluation.seed=7")
+    run = _run_on(tmp_path, _noise_set(60, 5), flips, *told, train=20, holdout=40)
+    samples = _noise_set(40, 6)
+    np.savez(tmp_path / "samples.npz", images=samples)
+    found = evaluate_run(run, samples=tmp_path / "samples.npz", num=30)
+    store = RunFolder(run).open_store()
+    expected, neighbours, control = evaluate(
+        samples[:30], store.train.images[:], store.holdout.images[:],
+        threshold=0.97, bootstrap=50, seed=7, flips=flips.endswith("true"), settings={},
+    )  # fmt: skip
+    for part in ("counts", "frechet", "memorization"):
+        assert found.metrics[part] == expected[part]
+    assert found.metrics["settings"]["protocol"] == expected["settings"]["protocol"]
+    assert np.array_equal(found.report.ratios, neighbours.ratio)
+    assert np.array_equal(found.report.control_ratios, control.ratio)
+    assert np.array_equal(found.report.control_pairs.index, control.index[np.argsort(control.ratio)[:6], 0])
+    assert len(found.report.pairs.ratio) == 24
