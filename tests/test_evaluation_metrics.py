@@ -150,6 +150,10 @@ def test_the_smaller_side_is_drawn_from_all_images():
     assert control["holdout_rate"] > 0.05
 
 
+def test_a_threshold_of_one_is_allowed():
+    assert evaluate(*_planted(), threshold=1.0, settings={})[0]["memorization"]["gap_ratio"]["rate"] == 1.0
+
+
 def test_every_parameter_reaches_every_figure():
     samples, train, holdout = _planted()
     metrics, neighbours, control = evaluate(

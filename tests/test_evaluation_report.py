@@ -185,6 +185,11 @@ def test_the_histogram_tells_copies_from_the_control(page):
     assert drawn != report._histogram(train, control, 0.6, 50.0, 0) and drawn != report._histogram(
         train, train, 1 / 3, 50.0, 0
     )
+    lines = {
+        re.search(r'<path d="([^"]+)"[^>]*stroke-dasharray: 4', report._histogram(train, control, at, 50.0, 0)).group(1)
+        for at in (0.2, 1 / 3, 0.6)
+    }
+    assert len(lines) == 3, "the dashed line stands at the threshold"
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 
@@ -192,6 +197,7 @@ def test_the_histogram_tells_copies_from_the_control(page):
 def test_medians_are_of_equally_many_images(tmp_path):
     """Of 80 held-out images against 200 training images the nearest lies farther, copied or not."""
     train, holdout, samples = _noise_set(200, 1), _noise_set(80, 2), _noise_set(100, 3)
+    samples[:40] = train[:40] + 1
     metrics, neighbours, control = evaluate(samples, train, holdout, settings={})
     pairs = nearest_pairs(samples, neighbours, train, 2), nearest_pairs(samples, control, holdout, 2)
     run = RunReport("r", 0.0, metrics, [], grid(samples[:4]), *pairs, neighbours.ratio, control.ratio)
@@ -201,6 +207,11 @@ def test_medians_are_of_equally_many_images(tmp_path):
     shown = [f"{d:.3g} of 80 images" for d in (m["control"]["train_median"], m["nearest_distance"]["holdout_median"])]
     assert " ".join(shown) in text and f"{m['nearest_distance']['median']:.3g}" != shown[0].split()[0]
     assert f"{m['nearest_distance']['median']:.3g} of" not in text
+    matched = f"{100 * m['control']['train_rate']:.1f}"
+    assert (
+        matched not in ("0.0", "40.0") and f"the rate is 0.0 % (against as many training images: {matched} %)" in text
+    )
+    assert "0.0 % 80 images" in text
 
 
 def test_few_pictures_are_said_once(page):

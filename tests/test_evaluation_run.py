@@ -76,6 +76,8 @@ def test_fewer_held_out_than_training_images_are_compared_at_equal_counts(capsys
     matched = 100 * m["control"]["train_rate"]
     assert f"as many training images as the control's, the copy rate is: edm {matched:.1f} %, ambient 0.0 %" in out
     assert "of 20 training and of 20 held-out" in out
+    row = next(line for line in out.splitlines() if line.startswith(" edm "))
+    assert row.split(")")[1].split()[0] == "0.0" and matched > 0, "the control's rate, of held-out images"
 
 
 def test_enough_pictures_are_not_called_few(capsys):
@@ -159,7 +161,8 @@ def test_a_runs_settings_reach_its_figures_and_its_report(tmp_path, flips):
     )  # fmt: skip
     for part in ("counts", "frechet", "memorization"):
         assert found.metrics[part] == expected[part]
-    assert found.metrics["settings"]["protocol"] == expected["settings"]["protocol"]
+    protocol = {"space": "pixels in [-1, 1]", "flips": flips.endswith("true"), "bootstrap": 50, "seed": 7}
+    assert found.metrics["settings"]["protocol"] == protocol
     assert np.array_equal(found.report.ratios, neighbours.ratio)
     assert np.array_equal(found.report.control_ratios, control.ratio)
     assert np.array_equal(found.report.control_pairs.index, control.index[np.argsort(control.ratio)[:6], 0])
