@@ -414,6 +414,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors are one line on stderr; exit code 2 for bad input, 1 for a failure, 130/143 for a signal."""
     signal.signal(signal.SIGTERM, _terminate)
+    _wait_politely()
     try:
         code = app(args=arguments, standalone_mode=False)
     except FastambientError as error:
@@ -435,6 +436,15 @@ def main(arguments: list[str] | None = None) -> None:
             _complain(f"unexpected {what}; please report it, with what FASTAMBIENT_TRACEBACK=1 shows")
             code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _wait_politely() -> None:
+    """Where other programs want the CPUs, OpenMP's waiting threads should sleep: spinning, they take the time that the
+    thread they wait for needs, and a step takes ten times as long beside one other job. With the CPUs to itself a run
+    is faster spinning. Read when torch loads OpenMP, so before the first import of torch."""
+    cpus = os.cpu_count() or 1
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > cpus / 4 and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "100")
 
 
 def _complain(message: str, *, plain: bool = False) -> None:

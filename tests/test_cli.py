@@ -348,3 +348,24 @@ def test_two_ranks_stop_together(tmp_path):
     assert f"resume with: {sys.executable} -m fastambient train --resume run" in err and "Traceback" not in err
     nimg = read_stats(tmp_path / "run")[-1]["nimg"]
     assert (tmp_path / "run" / "checkpoints" / f"nimg-{nimg:012d}").is_dir()
+
+
+@pytest.mark.parametrize(("load", "policy", "count"), [(3.0, None, "100"), (0.1, None, None), (3.0, "active", None)])
+def test_threads_wait_asleep_beside_other_programs(monkeypatch, load, policy, count):
+    from fastambient import cli as commands
+
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    commands._wait_politely()
+    assert os.environ.get("GOMP_SPINCOUNT") == count
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+
+
+def test_the_command_line_is_read_before_torch_is_loaded():
+    """OpenMP reads its settings when torch is imported."""
+    code = "import sys, fastambient.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
