@@ -175,34 +175,60 @@ class BaselineStep:
         keywords = {"sigma_tn": self.sigma_tn, "sigma_data": self.sigma_data, "noises": noises}
         return two_regime_loss(images, flips, sigma, network, **keywords)  # type: ignore[arg-type]
 
-    def __call__(self, images: Tensor, flips: Tensor, *, P_mean: float = -1.2, P_std: float = 1.2) -> float:
+    def __call__(
+        self, images: Tensor, flips: Tensor, sigma: Tensor | None = None, noises: Sequence[Tensor] | None = None, *,
+        P_mean: float = -1.2, P_std: float = 1.2,
+    ) -> float:  # fmt: skip
+        """One step; its loss, sum over pixels and mean over the batch. Without `sigma` and `noises` it draws them."""
         for p in self.optimizer.params:
             p.grad = None
-        sigma = torch.exp(P_mean + P_std * torch.randn(len(images), device=images.device))
-        loss = self.loss(images, flips, sigma).sum() / len(images)
+        if sigma is None:
+            sigma = torch.exp(P_mean + P_std * torch.randn(len(images), device=images.device))
+        loss = self.loss(images, flips, sigma, noises).sum() / len(images)
         loss.backward()
         self.optimizer.step(self.beta)
         return loss.item()
 
 
-def heun_float64(network: nn.Module, latents: Tensor, steps: int, *, sigma_data: float) -> Tensor:
-    """EDM's deterministic sampler as its code runs it: the state in float64, the network in float32."""
+def _levels(steps: int, latents: Tensor) -> Tensor:
     high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
     i = torch.arange(steps, dtype=torch.float64, device=latents.device)
-    t = torch.cat([(high + i / (steps - 1) * (low - high)) ** 7, i[:1] * 0])
+    return torch.cat([(high + i / (steps - 1) * (low - high)) ** 7, i[:1] * 0])
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        x, s = x.float(), sigma.float().expand(len(x))
-        h2 = (s**2 + sigma_data**2)[:, None, None, None]
-        column = s[:, None, None, None]
-        out = network(x / h2.sqrt(), s.log() / 4)
-        return (sigma_data**2 / h2 * x + column * sigma_data / h2.sqrt() * out).double()
 
+def _denoise(network: nn.Module, x: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """D(x, sigma) in float64 from a network in float32."""
+    x, s = x.float(), sigma.float().expand(len(x))
+    h2 = (s**2 + sigma_data**2)[:, None, None, None]
+    column = s[:, None, None, None]
+    out = network(x / h2.sqrt(), s.log() / 4)
+    return (sigma_data**2 / h2 * x + column * sigma_data / h2.sqrt() * out).double()
+
+
+def heun_float64(network: nn.Module, latents: Tensor, steps: int, *, sigma_data: float) -> Tensor:
+    """EDM's deterministic sampler as its code runs it: the state in float64, the network in float32."""
+    t = _levels(steps, latents)
     x = latents.double() * t[0]
     for now, after in pairwise(t):
-        d = (x - denoise(x, now)) / now
+        d = (x - _denoise(network, x, now, sigma_data)) / now
         x_next = x + (after - now) * d
         if after > 0:
-            x_next = x + (after - now) * (d + (x_next - denoise(x_next, after)) / after) / 2
+            x_next = x + (after - now) * (d + (x_next - _denoise(network, x_next, after, sigma_data)) / after) / 2
         x = x_next
     return x
+
+
+def dpmpp_2m_float64(network: nn.Module, latents: Tensor, steps: int, *, sigma_data: float) -> Tensor:
+    """DPM-Solver++(2M) in the same arrangement, from Lu et al.'s Algorithm 2 with h the steps in -ln(sigma)."""
+    t = _levels(steps, latents)
+    x, before, h_before = latents.double() * t[0], None, None
+    for now, after in pairwise(t):
+        D = _denoise(network, x, now, sigma_data)
+        h = (now / after).log()  # infinite in the last step, which goes to D itself
+        slope = 0 if before is None or after == 0 else (D - before) * h / h_before
+        x = after / now * x - torch.expm1(-h) * (D + slope / 2)
+        before, h_before = D, h
+    return x
+
+
+SAMPLERS = {"heun": heun_float64, "dpmpp-2m": dpmpp_2m_float64}

@@ -1,9 +1,9 @@
 """The operators against what people write without them, in one run.
 
-    python benchmarks/kernels.py [--quick] [--device cpu|cuda] [--json FILE]
+    python benchmarks/kernels.py [--quick | --tiny] [--device cpu|cuda] [--rounds N] [--json FILE] [--out DIR]
 
 Competitors: ``eager`` (the formulas as one writes them), ``fused-torch`` (torch's own fused pieces), ``compile``
-(torch.compile of eager; not with --quick). A competitor whose result differs by more than the tolerance ends the
+(torch.compile of eager; not with --quick or --tiny). A competitor whose result differs by more than the tolerance ends the
 benchmark: no time is reported for a wrong answer. ``of floor`` is useful bytes a second over the copy rate of the run.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import protocol
 import torch
@@ -194,32 +193,28 @@ def adam(device: torch.device, rate: float, total: int, tensors: int, *, rounds:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         "--quick", action="store_true", help="the paper's sizes only, without compile: under 50 s on 2 cores"
     )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: a GPU if there is one)",
-    )
-    parser.add_argument("--json", type=Path, help="also write the rows to FILE")
+    size.add_argument("--tiny", action="store_true", help="the digits' sizes only, without compile: a rehearsal")
+    protocol.arguments(parser, rounds=9, competitors=False)
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device, rounds = arguments.device, arguments.rounds
     rate = protocol.copy_rate(device)
     print(f"copy rate {rate / 1e9:.1f} GB/s (read + written)")
-    compiled = not arguments.quick
+    chosen = slice(0, 1) if arguments.tiny else slice(-1, None) if arguments.quick else slice(None)
+    compiled = not (arguments.quick or arguments.tiny)
     rows = []
-    images = [(64, 3, 64, 64)] if arguments.quick else [(64, 1, 8, 8), (64, 3, 32, 32), (64, 3, 64, 64)]
-    maps = [(64, 256, 32, 32)] if arguments.quick else [(64, 24, 8, 8), (64, 128, 16, 16), (64, 256, 32, 32)]
-    weights = [(62_800_000, 547)] if arguments.quick else [(422_353, 119), (62_800_000, 547)]
-    for shape in images:
-        rows += noise_loss(device, rate, shape, rounds=15, compiled=compiled)
+    for shape in ((64, 1, 8, 8), (64, 3, 32, 32), (64, 3, 64, 64))[chosen]:
+        rows += noise_loss(device, rate, shape, rounds=rounds, compiled=compiled)
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in maps:
-            rows += norms(device, rate, shape, dtype, rounds=7, compiled=compiled)
-    for total, tensors in weights:
-        rows += adam(device, rate, total, tensors, rounds=9)
-    protocol.write(rows, device, json_file=arguments.json, results="kernels-quick" if arguments.quick else "kernels")
+        for shape in ((64, 24, 8, 8), (64, 128, 16, 16), (64, 256, 32, 32))[chosen]:
+            rows += norms(device, rate, shape, dtype, rounds=rounds, compiled=compiled)
+    for total, tensors in ((422_353, 119), (62_800_000, 547))[chosen]:
+        rows += adam(device, rate, total, tensors, rounds=rounds)
+    scale = "-tiny" if arguments.tiny else "-quick" if arguments.quick else ""
+    protocol.write(rows, arguments, results=f"kernels{scale}")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ copy rate that is the floor of a streaming operator is measured in the same run.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -24,6 +25,45 @@ from fastambient.nvml import Reading, open_gpu, summary
 from fastambient.system import processor
 
 Work = Callable[[], object]
+RESULTS = Path(__file__).parent / "results"
+COMPETITORS = ("reference", "strong")
+
+
+def arguments(parser: argparse.ArgumentParser, *, rounds: int, competitors: bool = True) -> None:
+    """Add what every benchmark takes; `rounds` is the default. Read ``--competitors`` by `competitors_of`."""
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=_device, default=device, help="cpu or cuda (default: a GPU if there is one)")
+    add("--rounds", type=int, default=rounds, help=f"timed rounds, at least 5, as time allows (default {rounds})")
+    add("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    add("--out", type=Path, metavar="DIR", default=RESULTS, help="folder of the rows (default benchmarks/results)")
+    if competitors:
+        add(
+            "--competitors", type=_competitors,
+            help="of reference,strong (default: both on a GPU, reference on a CPU, where compiling takes minutes)",
+        )  # fmt: skip
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name}: not one of cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda: torch finds no GPU here")
+    return torch.device(name)
+
+
+def _competitors(text: str) -> list[str]:
+    names = text.split(",")
+    if wrong := sorted(set(names) - set(COMPETITORS)):
+        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: not one of {', '.join(COMPETITORS)}")
+    return names
+
+
+def competitors_of(arguments: argparse.Namespace) -> list[str]:
+    """Names of the competitors; TF32 is switched off for all, as the reference has it."""
+    if arguments.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return arguments.competitors or list(COMPETITORS[: 1 if arguments.device.type == "cpu" else 2])
 
 
 @dataclass(frozen=True)
@@ -42,6 +82,8 @@ class Row:
     gpu: dict[str, Any] | None = (
         None  # while ours was timed, as `fastambient.nvml.summary`; joules: of one call of ours
     )
+    mfu: float | None = None  # ours: FLOP a second over that of the network's products alone in this run
+    memory: dict[str, float] | None = None  # bytes of ours alone: predicted, measured
 
 
 class Times(dict[str, list[float]]):
@@ -72,7 +114,7 @@ def interleave(works: dict[str, Work], *, rounds: int, device: torch.device, sec
     for work in works.values():
         work()
     began = time.perf_counter()
-    for k in range(rounds):
+    for k in range(max(5, rounds)):
         if k >= 5 and time.perf_counter() - began > seconds:
             break
         for name, work in works.items():
@@ -159,24 +201,33 @@ def _vector_units() -> str:
 
 def _plain(row: Row) -> dict[str, Any]:
     found = asdict(row)
-    return {k: v for k, v in found.items() if k != "gpu" or v is not None}
+    return {k: v for k, v in found.items() if k not in _OPTIONAL or v is not None}
 
 
-def write(rows: list[Row], device: torch.device, *, json_file: Path | None, results: str) -> None:
-    """Print the table; write the rows to ``benchmarks/results/`` and, if asked for, to a file of the user's."""
-    found = environment(device) | {"rows": [_plain(row) for row in rows]}
-    text = json.dumps(found, indent=1) + "\n"
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{results}-{device.type}.json").write_text(text)
-    if json_file is not None:
-        json_file.write_text(text)
-    print(f"{found['device']}; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}")  # type: ignore[attr-defined]
+_OPTIONAL = ("gpu", "mfu", "memory")
+
+
+def write_json(file: Path, device: torch.device, rows: Sequence[Mapping[str, Any]], **more: Any) -> str:
+    """Write rows with the `environment` they were measured in, and return the text."""
+    text = json.dumps(environment(device) | more | {"rows": list(rows)}, indent=1) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return text
+
+
+def write(rows: list[Row], arguments: argparse.Namespace, *, results: str) -> None:
+    """Print the table; write the rows to ``DIR/results-device.json`` and, if asked for, to a file of the user's."""
+    device = arguments.device
+    text = write_json(arguments.out / f"{results}-{device.type}.json", device, [_plain(row) for row in rows])
+    if arguments.json is not None:
+        arguments.json.write_text(text)
+    found = json.loads(text)
+    print(f"{found['device']}; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}")
     print(
-        f"{'work':<24}{'size':<24}{'against':<14}{'ratio':>7}{'ms':>10}{'theirs':>10}{'spread':>8}{'of floor':>10}{'agreement':>11}"
+        f"{'work':<36}{'size':<24}{'against':<14}{'ratio':>7}{'ms':>10}{'theirs':>10}{'spread':>8}{'of floor':>10}{'agreement':>11}"
     )
     for r in rows:
         print(
-            f"{r.work:<24}{r.size:<24}{r.competitor:<14}{r.ratio:>6.2f}x{r.ms:>10.2f}{r.ms_competitor:>10.2f}"
+            f"{r.work:<36}{r.size:<24}{r.competitor:<14}{r.ratio:>6.2f}x{r.ms:>10.2f}{r.ms_competitor:>10.2f}"
             f"{r.spread:>8.0%}{r.floor_fraction:>10.2f}{r.agreement:>11.1e}"
         )

@@ -1,11 +1,13 @@
 """The trainer's whole step against two competitors and against the floor of the same run.
 
     python benchmarks/step_time.py [--preset P] [--batch B] [--device cpu|cuda] [--precision fp32|bf16]
-                                   [--competitors reference,strong] [--rounds N] [--json FILE]
+                                   [--competitors reference,strong] [--rounds N] [--profile FILE]
+                                   [--json FILE] [--out DIR]
 
 ``ours`` is what `fastambient train` runs: batch, noise, network, loss, backward, optimizer, average and log values.
 The competitors (`baselines.py`) get their images for nothing. Before a time is taken, losses and gradients of all are
-compared on the same noise; the benchmark ends where they differ. MFU is against the rate of this network's own
+compared on the same noise; the benchmark ends where they differ. Peak memory is that of ours, measured before a
+competitor is made, beside what `fastambient.planning` predicts. MFU is against the rate of this network's own
 convolutions and products, measured in this run (`floor.py`).
 """
 
@@ -13,21 +15,28 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import resource
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import protocol
+import step_profile
 import torch
 from baselines import BaselineStep
 from floor import Floor, measure
 from torch import Tensor, nn
 
+from fastambient.data.resident import Batch
+from fastambient.diffusion.edm import draw_sigma
 from fastambient.models.layers import Dropout
 from fastambient.models.presets import PRESETS
 from fastambient.planning import PIXELS as RESOLUTION
+from fastambient.planning import counts_of
+from fastambient.planning import memory as predicted_memory
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
 from fastambient.training.run import RunFolder
@@ -38,7 +47,9 @@ _CPU_BATCH = {"digits": 64, "small16": 32, "small32": 8, "small64": 4, "cifar10-
 _NOISE_SEED = 12345
 
 
-def make_trainer(folder: Path, preset: str, batch: int, device: torch.device, precision: str) -> Trainer:
+def make_trainer(
+    folder: Path, preset: str, batch: int, device: torch.device, precision: str, *, seed: int = 0
+) -> Trainer:
     """The trainer of a run on random pictures (of `digits` on the digits), as the command line would make it."""
     source = "digits"
     if preset != "digits":
@@ -46,7 +57,7 @@ def make_trainer(folder: Path, preset: str, batch: int, device: torch.device, pr
         source = str(folder / "pictures.npy")
         np.save(source, np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8))
     model = {"use_labels": False, "holdout": None if preset == "digits" else 1}
-    training = {"batch": batch, "device": device.type, "precision": precision, "augment": 0.0}
+    training = {"batch": batch, "device": device.type, "precision": precision, "augment": 0.0, "seed": seed}
     request = TrainRequest(
         data=source, preset=preset, options={"data": model, "training": training}, noise_seed=_NOISE_SEED
     )
@@ -81,35 +92,47 @@ class without_dropout:
             layer.p = p
 
 
-def agreement(trainer: Trainer, other: BaselineStep) -> float:
-    """Largest relative difference of losses, and of the gradient of the whole network, on the same noise."""
-    positions = torch.arange(trainer.step.share, device=trainer.world.device)
+def draws(trainer: Trainer, positions: Tensor) -> tuple[Batch, Tensor, tuple[Tensor, Tensor]]:
+    """(batch, sigma [N], (fixed, fresh) noise as flipped) that the trainer's step takes at `positions`."""
+    s = trainer.settings
     batch = trainer.step.loader.batch(positions)
     shape, numel = batch.images.shape, batch.images[0].numel()
     fixed, fresh = (
         torch.where(batch.flips[:, None, None, None], z.flip(3), z)
         for z in (
             normal(batch.ids, numel, seed=_NOISE_SEED, stream=Stream.FIXED).view(shape),
-            normal(positions, numel, seed=trainer.settings.training.seed, stream=Stream.FRESH).view(shape),
+            normal(positions, numel, seed=s.training.seed, stream=Stream.FRESH).view(shape),
         )
     )
-    gradients = []
+    sigma = draw_sigma(positions, seed=s.training.seed, P_mean=s.noise.P_mean, P_std=s.noise.P_std)
+    return batch, sigma, (fixed, fresh)
+
+
+def agreement(trainer: Trainer, other: BaselineStep) -> float:
+    """Largest relative difference of losses, and of the gradient of the whole network, on the same noise."""
+    positions = torch.arange(trainer.step.share, device=trainer.world.device)
+    batch, sigma, noises = draws(trainer, positions)
+    losses, gradients = [], []
     with without_dropout(trainer.network, other.network):
-        sigma, ours = trainer.step.forward(positions)
-        theirs = other.loss(batch.images, batch.flips, sigma, (fixed, fresh))
-        for loss, network in ((ours, trainer.network), (theirs, other.network)):
+        for network, loss_of in (
+            (trainer.network, lambda: trainer.step.forward(positions)[1]),
+            (other.network, lambda: other.loss(batch.images, batch.flips, sigma, noises)),
+        ):
+            loss = loss_of()
             loss.sum().backward()
+            losses.append(loss.detach())
             gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
             network.zero_grad(set_to_none=True)
-    loss_difference = ((ours - theirs).abs() / theirs).max().item()
+    loss_difference = ((losses[0] - losses[1]).abs() / losses[1]).max().item()
     gradient_difference = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
     return max(loss_difference, gradient_difference)
 
 
-def memory(device: torch.device) -> str:
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU so far, on a CPU the most that the process held."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of the device"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process, competitors included"
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def report(times: dict[str, list[float]], floor: Floor, batch: int) -> None:
@@ -125,54 +148,24 @@ def report(times: dict[str, list[float]], floor: Floor, batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
     parser.add_argument("--preset", default="digits", choices=PRESETS, help="network and settings (default digits)")
     parser.add_argument("--batch", type=int, help="images a step (default: 64 on a GPU, 2 to 64 on a CPU, by preset)")
-    parser.add_argument(
-        "--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default: a GPU if there is one)"
-    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device computes in it")
-    parser.add_argument(
-        "--competitors",
-        help="of reference,strong (default: both on a GPU, reference on a CPU, where compiling takes minutes)",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="timed rounds, at least 5 (default 15, at most 3 minutes)"
-    )
-    parser.add_argument("--json", type=Path, help="also write the rows to FILE")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write which operators a step of ours spends on")
+    protocol.arguments(parser, rounds=15)
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device, preset = arguments.device, arguments.preset
     on_cpu = device.type == "cpu"
-    batch = arguments.batch or (_CPU_BATCH.get(arguments.preset, 2) if on_cpu else 64)
+    usual = _CPU_BATCH.get(preset, 2) if on_cpu else 64
+    batch = arguments.batch or usual
     has_bf16 = not on_cpu or "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     precision = arguments.precision or ("bf16" if has_bf16 else "fp32")
-    names = (arguments.competitors or ("reference" if on_cpu else "reference,strong")).split(",")
-    if wrong := set(names) - {"reference", "strong"}:
-        parser.error(f"--competitors: {', '.join(sorted(wrong))}: not one of reference, strong")
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as the reference has it
+    names = protocol.competitors_of(arguments)
+    work, size = f"train {preset} {precision}", f"batch {batch}"
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(Path(folder), arguments.preset, batch, device, precision)
-        generator = torch.Generator().manual_seed(0)
-        # The trained network is no special case: the zero-initialised layers would hide most of the gradient.
-        weights = {
-            k: v if v.dim() < 2 or v.abs().max() > 1e-3 else v + 0.02 * torch.randn(v.shape, generator=generator).to(v)
-            for k, v in trainer.network.state_dict().items()
-        }
-        trainer.network.load_state_dict(weights)
-        others = {name: competitor(name, trainer, weights) for name in names}
-        found = {}
-        for name, other in others.items():
-            tolerance = 2e-2 if precision == "bf16" else 2e-4
-            found[name] = agreement(trainer, other)
-            if not found[name] <= tolerance:
-                sys.exit(
-                    f"{name}: loss or gradient differs by {found[name]:.1e}, allowed {tolerance:.0e}; no time is reported"
-                )
-
-        positions = torch.arange(batch, device=device)
-        pictures = trainer.step.loader.batch(positions)
+        before = peak_memory(device)
+        trainer = make_trainer(Path(folder), preset, batch, device, precision)
         nimg = 0
 
         def ours() -> None:
@@ -180,28 +173,66 @@ def main() -> None:
             trainer.step(nimg)
             nimg += batch
 
+        try:
+            for _ in range(2):
+                ours()
+        except torch.OutOfMemoryError:
+            sys.exit(f"ours: {size} does not fit")
+        used = {
+            "predicted": predicted_memory(counts_of(trainer.settings), images=batch, bf16=precision == "bf16", ranks=1),
+            "measured": float(peak_memory(device) - before),
+        }
+
+        generator = torch.Generator().manual_seed(0)
+        # The trained network is no special case: the zero-initialised layers would hide most of the gradient.
+        weights = {
+            k: v if v.dim() < 2 or v.abs().max() > 1e-3 else v + 0.02 * torch.randn(v.shape, generator=generator).to(v)
+            for k, v in trainer.network.state_dict().items()
+        }
+        trainer.network.load_state_dict(weights)
+        others, found = {}, {}
+        tolerance = 2e-2 if precision == "bf16" else 2e-4
+        for name in names:
+            try:
+                other = competitor(name, trainer, weights)
+                found[name] = agreement(trainer, other)
+            except torch.OutOfMemoryError:
+                print(f"{name}: {size} does not fit and is left out")
+                continue
+            if not found[name] <= tolerance:
+                sys.exit(
+                    f"{name}: loss or gradient differs by {found[name]:.1e}, allowed {tolerance:.0e}; no time is reported"
+                )
+            others[name] = other
+        if not others:
+            sys.exit(f"{size} fits no competitor; no time is reported")
+
+        positions = torch.arange(batch, device=device)
+        pictures = trainer.step.loader.batch(positions)
         works: dict[str, protocol.Work] = {"ours": ours}
         for name, other in others.items():
             works[name] = lambda other=other: other(pictures.images, pictures.flips)
         rate = protocol.copy_rate(device)
-        times = protocol.interleave(works, rounds=max(5, arguments.rounds), device=device, seconds=180)
+        times = protocol.interleave(works, rounds=arguments.rounds, device=device, seconds=180)
         work_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         network = copy.deepcopy(trainer.network)
         with without_dropout(network):
             floor = measure(network, pictures.images.float(), dtype=work_dtype, rate=rate)
+        middle = statistics.median(times["ours"])
+        profiled = step_profile.operator_times(ours, device) if arguments.profile else None
 
-    print(
-        f"{arguments.preset}, batch {batch}, {precision}, sigma_tn {trainer.settings.noise.sigma_tn:g}; copy {rate / 1e9:.1f} GB/s"
-    )
+    print(f"{preset}, {size}, {precision}, sigma_tn {trainer.settings.noise.sigma_tn:g}; copy {rate / 1e9:.1f} GB/s")
     report(times, floor, batch)
-    print(f"peak memory {memory(device)}")
+    of = "the device" if not on_cpu else "the process, over what libraries took before"
+    print(f"peak memory of ours {used['measured'] / 2**30:.2f} GiB of {of}; {used['predicted'] / 2**30:.2f} predicted")
     if gpu := times.gpu("ours"):
         print(f"ours: {gpu}" + (f", {gpu['joules'] / batch:.3g} J an image" if "joules" in gpu else ""))
-    rows = protocol.rows_of(
-        f"train {arguments.preset} {precision}", "ours", times, floor=floor.seconds, agreement=found,
-        size=f"batch {batch}",
-    )  # fmt: skip
-    protocol.write(rows, device, json_file=arguments.json, results=f"step_time-{arguments.preset}-{precision}")
+    if profiled is not None:
+        step_profile.write(arguments.profile, device, work, size, step_profile.shares(profiled, middle))
+    rows = protocol.rows_of(work, "ours", times, floor=floor.seconds, agreement=found, size=size)
+    rows = [dataclasses.replace(row, mfu=floor.products / middle, memory=used) for row in rows]
+    unusual = "" if batch == usual else f"-{batch}"
+    protocol.write(rows, arguments, results=f"step_time-{preset}-{precision}{unusual}")
 
 
 if __name__ == "__main__":

@@ -381,9 +381,9 @@ def _train_row(device: str, preset: str, rest: list[str], size: str) -> float:
 
 
 def _sample_row(device: str, preset: str, rest: list[str], size: str) -> float:
-    images = int(rest[1])
-    counts = counts_of(_settings_of_row(preset, "fp32"))
-    rates = machine(device, counts, precision="fp32", images=images)
+    images, precision = int(rest[1]), "bf16" if "bf16" in rest else "fp32"
+    counts = counts_of(_settings_of_row(preset, precision))
+    rates = machine(device, counts, precision=precision, images=images)
     return sampling_seconds(counts, rates, images=images, evaluations=int(size.split()[0]))
 
 

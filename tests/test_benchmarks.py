@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -12,13 +14,16 @@ from torch import nn
 
 from fastambient import models
 from fastambient.diffusion.edm import EDMDenoiser
-from fastambient.diffusion.samplers import heun
+from fastambient.diffusion.samplers import dpmpp_2m, heun
 from fastambient.nvml import Reading
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import baselines
 import floor
 import protocol
+import sampling_latency
+import step_profile
+import step_time
 
 SONG = {"model_type": "SongUNet", "img_channels": 2, "model_channels": 8, "num_blocks": 1, "dropout": 0.0}
 NETWORKS = {
@@ -54,10 +59,21 @@ def test_the_reference_is_the_same_network(name):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * b.grad.abs().max().item() + 1e-6)
 
 
-def test_the_references_sampler_is_heun():
+@pytest.mark.parametrize(("name", "sampler"), [("heun", heun), ("dpmpp-2m", dpmpp_2m)])
+def test_the_references_samplers(name, sampler):
     network, latents = made("ddpmpp").eval().requires_grad_(False), torch.randn(2, 2, 8, 8)
-    x = baselines.heun_float64(network, latents, 5, sigma_data=0.5)
-    torch.testing.assert_close(x, heun(EDMDenoiser(network), latents.double(), 5), rtol=1e-5, atol=1e-5)
+    x = baselines.SAMPLERS[name](network, latents, 5, sigma_data=0.5)
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(x, sampler(EDMDenoiser(network), latents.double(), 5), rtol=1e-5, atol=1e-5)
+
+
+def test_a_competitor_can_be_given_its_draws():
+    images, flips = torch.randint(0, 256, (2, 2, 8, 8), dtype=torch.uint8), torch.tensor([True, False])
+    sigma, noises = torch.tensor([0.05, 3.0]), [torch.randn(2, 2, 8, 8) for _ in range(2)]
+    step = baselines.BaselineStep("reference", made("ddpmpp"), sigma_tn=0.2, sigma_data=0.5, lr=0.0, beta=0.9)
+    expected = step.loss(images, flips, sigma, noises).sum().item() / 2
+    assert step(images, flips, sigma, noises) == pytest.approx(expected, rel=1e-6)
+    assert step(images, flips) != step(images, flips), "draws of its own"
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -111,3 +127,89 @@ def test_rows_say_what_the_gpu_did(monkeypatch):
     assert protocol.environment(cpu)["gpu"] == {"driver": "1"}
     monkeypatch.setattr(protocol.time, "perf_counter", lambda: next(ticks) * 1e-3)
     assert "joules" not in row()["gpu"], "less than the energy counter resolves"
+
+
+def test_every_benchmark_takes_the_same_options(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    protocol.arguments(parser, rounds=7)
+    given = parser.parse_args(["--device", "cpu", "--out", str(tmp_path), "--json", str(tmp_path / "mine.json")])
+    assert given.device == torch.device("cpu") and given.rounds == 7
+    assert protocol.competitors_of(given) == ["reference"], "compiling takes minutes on a CPU"
+    assert parser.parse_args([]).out == protocol.RESULTS
+    assert parser.parse_args(["--competitors", "strong,reference"]).competitors == ["strong", "reference"]
+    for wrong, message in (
+        (["--competitors", "strong,week"], "week: not one of reference, strong"),
+        (["--device", "tpu"], "tpu: not one of cpu, cuda"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch finds no GPU here")]),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+        assert message in capsys.readouterr().err
+    row = protocol.Row("w", "reference", 1.5, 2.0, 3.0, 0.1, 0.5, 1e-6, "s", mfu=0.6)
+    protocol.write([row], given, results="some")
+    (found,) = json.loads((tmp_path / "some-cpu.json").read_text())["rows"]
+    assert found["mfu"] == 0.6 and "memory" not in found and "gpu" not in found
+    assert (tmp_path / "mine.json").read_text() == (tmp_path / "some-cpu.json").read_text()
+
+
+def test_at_least_five_rounds(monkeypatch):
+    calls = []
+    times = protocol.interleave({"w": lambda: calls.append(0)}, rounds=2, device=torch.device("cpu"), seconds=0)
+    assert len(times["w"]) == 5 and len(calls) == 6
+
+
+def test_pictures_that_differ():
+    mine = torch.full((1, 1, 10, 10), 100, dtype=torch.uint8)
+    one_off, all_off = mine.clone(), mine + 2
+    one_off[0, 0, 0, 0] += 3
+    assert sampling_latency.differ(mine, mine, "fp32") == (0.0, None)
+    assert sampling_latency.differ(mine, one_off, "fp32")[1] == "pictures differ by up to 3.0 grey levels"
+    assert sampling_latency.differ(mine, one_off, "bf16") == (3 / 255, None)
+    assert sampling_latency.differ(mine, all_off, "fp32") == (2 / 255, None)
+    assert sampling_latency.differ(mine, all_off, "bf16")[1] == "pictures differ in the mean by 2.0 grey levels"
+
+
+def test_the_profile_of_a_step(tmp_path):
+    x, w = torch.randn(4, 8, 16, 16), torch.randn(8, 8, 3, 3, requires_grad=True)
+    times = step_profile.operator_times(lambda: torch.conv2d(x, w).sum().backward(), torch.device("cpu"))
+    assert times["aten::convolution_backward"][1] == 1 and times["aten::convolution_backward"][0] > 0
+    times = {"aten::cudnn_convolution": (0.2, 3), "aten::mm": (0.1, 5), "aten::convolution_backward": (0.3, 3)}
+    found = step_profile.shares(times, 1.0)
+    assert found["convolution_share"] == pytest.approx(0.5) and found["busy_ms"] == pytest.approx(600)
+    assert found["operators"][0]["operator"] == "aten::convolution_backward"
+    assert step_profile.shares(times, 0.3)["convolution_share"] == pytest.approx(5 / 6), "the profiler slows it down"
+    step_profile.write(tmp_path / "profile.json", torch.device("cpu"), "train w fp32", "batch 4", found)
+    document = json.loads((tmp_path / "profile.json").read_text())
+    assert document["rows"][0] == {
+        "work": "profile train w fp32", "size": "batch 4", "operator": "aten::convolution_backward", "share": 0.3,
+        "ms": 300.0, "calls": 3,
+    } and document["convolution_share"] == pytest.approx(0.5)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "convolution"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", True),
+        ("cutlass_tensorop_bf16_s16816dgrad_optimized_bf16", True),
+        ("aten::_conv_depthwise2d", True),
+        ("ConvolutionBackward0", True),
+        ("aten::convert_element_type", False),
+        ("nvjet_tst_128x64_64x7_1x2_h_bz_coopA_NNT", False),
+    ],
+)
+def test_what_counts_as_a_convolution(kernel, convolution):
+    assert (step_profile.shares({kernel: (1.0, 1)}, 1.0)["convolution_share"] == 1) is convolution
+
+
+def test_the_step_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
+    """Agreement with the trainer, timing, floor, memory and profile, on the digits."""
+    monkeypatch.setattr(protocol, "copy_rate", lambda device: 1e10)
+    options = ["--device", "cpu", "--batch", "4", "--precision", "fp32", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *options, "--profile", str(tmp_path / "profile.json")])
+    step_time.main()
+    (row,) = json.loads((tmp_path / "step_time-digits-fp32-4-cpu.json").read_text())["rows"]
+    assert row["work"] == "train digits fp32" and row["size"] == "batch 4" and row["competitor"] == "reference"
+    assert 0 < row["agreement"] < 2e-4 and 0 < row["mfu"] < row["floor_fraction"]
+    assert row["memory"]["predicted"] > 20 * 422_353 and row["memory"]["measured"] >= 0
+    assert 0 < json.loads((tmp_path / "profile.json").read_text())["convolution_share"] < 1
+    assert "peak memory of ours" in capsys.readouterr().out

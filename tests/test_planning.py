@@ -191,6 +191,12 @@ def test_plans_are_held_against_measured_rows(tmp_path, monkeypatch):
     )  # fmt: skip
     assert found.measured == 1e-3 and found.planned == pytest.approx(expected.step)
     assert found.error == pytest.approx(expected.step / 1e-3 - 1) and without == ["other.json: another"]
+    sampled = row | {"work": "sample small32 18 64", "size": "35 evaluations"}
+    few = row | {"work": "sample small32 18 64 dpmpp-2m bf16", "size": "18 evaluations"}
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "rows.json").write_text(json.dumps(document | {"rows": [sampled, few]}))
+    heun, dpmpp = compare(tmp_path / "more", here="")[0]
+    assert dpmpp.planned < 0.5 * 18 / 35 * heun.planned, "fewer evaluations, and in bf16"
     lines = check(tmp_path).splitlines()
     assert f"{found.error:+.0%}" in lines[1] and "train digits bf16 batch 64" in lines[1] and "other.json" in lines[2]
 
