@@ -1,4 +1,12 @@
 # Two commands set everything up by themselves: `make quickstart` and `make test`.
+#
+# Benchmarks write rows under benchmarks/results (docs/performance.md says how they measure):
+#   bench-kernels    the operators against eager, torch's fused pieces and torch.compile
+#   bench-step       one training step of PRESET against the reference's way, and the strong baseline on a GPU
+#   bench-sampling   a batch of samples of PRESET, SAMPLER=heun or dpmpp-2m
+#   loss-curve       2,000 steps of digits: does the fast path learn what the reference's arrangement learns?
+#   gpu-suite        all of it on a GPU in MINUTES=8; DEVICE=cpu SCALE=tiny is the rehearsal, and measures nothing
+#   tables           the tables of docs/performance.md, from the rows
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,9 +14,16 @@ STAMP  := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 OUT    ?= runs/quickstart
 
+PRESET  ?= digits
+SAMPLER ?= heun
+DEVICE  ?= cuda
+SCALE   ?= full
+MINUTES ?= 8
+
 SOURCES := $(wildcard kernels/csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install quickstart test test-slow test-gpu lint format bench-kernels reproduce-digits clean
+.PHONY: install quickstart test test-slow test-gpu lint format bench-kernels bench-step \
+        bench-sampling loss-curve gpu-suite tables reproduce-digits clean
 
 install: $(STAMP)
 
@@ -45,6 +60,21 @@ test-gpu: $(TEST_STAMP)
 
 bench-kernels: $(STAMP)
 	$(BIN)/python benchmarks/kernels.py
+
+bench-step: $(STAMP)
+	$(BIN)/python benchmarks/step_time.py --preset $(PRESET)
+
+bench-sampling: $(STAMP)
+	$(BIN)/python benchmarks/sampling_latency.py --preset $(PRESET) --sampler $(SAMPLER)
+
+loss-curve: $(STAMP)
+	$(BIN)/python benchmarks/loss_curve.py --plot docs/loss-curve.svg
+
+gpu-suite: $(TEST_STAMP)
+	$(BIN)/python benchmarks/gpu_suite.py --device $(DEVICE) --scale $(SCALE) --minutes $(MINUTES)
+
+tables: $(STAMP)
+	$(BIN)/python benchmarks/tables.py
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

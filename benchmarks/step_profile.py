@@ -16,7 +16,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-_TOP = 15
+_TOP = 10
 _CONVOLUTION = re.compile(r"conv(ol|[123]d|_depthwise)|fprop|dgrad|wgrad", re.IGNORECASE)
 
 

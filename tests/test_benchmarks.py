@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,10 +23,13 @@ from fastambient.nvml import Reading
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import baselines
 import floor
+import gpu_suite
+import loss_curve
 import protocol
 import sampling_latency
 import step_profile
 import step_time
+import tables
 
 SONG = {"model_type": "SongUNet", "img_channels": 2, "model_channels": 8, "num_blocks": 1, "dropout": 0.0}
 NETWORKS = {
@@ -213,3 +219,140 @@ def test_the_step_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
     assert row["memory"]["predicted"] > 20 * 422_353 and row["memory"]["measured"] >= 0
     assert 0 < json.loads((tmp_path / "profile.json").read_text())["convolution_share"] < 1
     assert "peak memory of ours" in capsys.readouterr().out
+
+
+def test_the_page_agrees_with_the_rows():
+    """`make tables` changes nothing, and no measurement stands outside of a table."""
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.render(page, tables.read_rows(protocol.RESULTS)) == page, "run `make tables`"
+    assert all(f"<!-- {name}: begin -->" in page for name in tables.TABLES)
+    typed = re.sub(r"<!-- (\S+): begin -->.*?<!-- \1: end -->", "", page, flags=re.DOTALL)
+    assert not re.search(r"\d\s?(x|ms|s|GB/s|TFLOP/s|images/s)\b", typed)
+
+
+def step_row(**changes):
+    row = {
+        "work": "train ffhq64-ncsnpp bf16", "size": "batch 64", "competitor": "reference", "ratio": 4.99, "ms": 100.0,
+        "ms_competitor": 499.0, "spread": 0.01, "floor_fraction": 0.8, "agreement": 1e-3, "mfu": 0.5,
+        "memory": {"predicted": 2.0**31, "measured": 2.0**30},
+    }  # fmt: skip
+    return row | changes
+
+
+def test_tables_take_up_new_rows_with_their_targets(tmp_path):
+    """Also from subfolders; each row beside the target of its own device, work, size and competitor."""
+    rows = [step_row(), step_row(competitor="strong", ratio=1.25), step_row(size="batch 256"),
+            step_row(work="train cifar10-ddpmpp bf16", competitor="strong", mfu=0.4)]  # fmt: skip
+    document = {"device": "NVIDIA H100 80GB HBM3", "date": "2030-01-02", "rows": rows}
+    (tmp_path / "a.json").write_text(
+        json.dumps({"device": "a CPU", "date": "2030-01-01", "rows": [{"kimg": 1}, step_row()]})
+    )
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "b.json").write_text(json.dumps(document))
+    profile = {
+        "work": "train ffhq64-ncsnpp bf16",
+        "size": "batch 64",
+        "convolution_share": 0.71,
+        "step_ms": 100.0,
+        "busy_ms": 90.0,
+    }
+    (tmp_path / "deeper" / "c.json").write_text(json.dumps(document | profile | {"rows": []}))
+    found = tables.read_rows(tmp_path)
+    text = tables.render("before <!-- step: begin -->\nold\n<!-- step: end --> after", found)
+    assert text.startswith("before ") and text.endswith(" after") and "old" not in text
+    cpu, gpu = text.split("NVIDIA H100 80GB HBM3, 2030-01-02:")
+    assert "| 4.99x | - |" in cpu, "the targets are an H100's"
+    lines = gpu.strip().splitlines()[2:]
+    assert "| reference | 4.99x | 5x missed | 100 | 499 | 1% | 80% | 50% | 1.00 / 2.00 | 1.0e-03 |" in lines[0]
+    assert "| 1.25x | 1.25x reached |" in lines[1] and "| 4.99x | - |" in lines[2]
+    assert "| 1.5x reached, MFU 45% missed |" in lines[3]
+    profiled = tables.table("profile", found)
+    assert "| `all convolutions` | 71.0% | share 70% reached | 71 |" in profiled
+    assert tables.table("loss", found) == "Nothing is measured yet."
+    with pytest.raises(ValueError, match=r"<!-- step: end --> is missing"):
+        tables.render("<!-- step: begin -->", found)
+    with pytest.raises(ValueError, match="speed: not one of step, profile"):
+        tables.render("<!-- speed: begin --><!-- speed: end -->", found)
+
+
+def test_a_suite_goes_on_after_a_failure(tmp_path, capsys):
+    quick = 'print("reference: batch 4 does not fit and is left out")'
+    parts = [
+        gpu_suite.Part("broken", ["-c", "print('so far'); raise SystemExit('no kernel')"], 30),
+        gpu_suite.Part("endless", ["-c", "import time; print('begun', flush=True); time.sleep(60)"], 0.5),
+        gpu_suite.Part("fine", ["-c", quick], 30),
+    ]
+    log = io.StringIO()
+    broken, endless, fine = gpu_suite.run_parts(parts, seconds=60, log=log)
+    assert (broken.state, endless.state, fine.state) == ("failed", "failed", "done")
+    assert broken.notes == ["exit code 1: no kernel"] and endless.notes == ["it took longer than 0 s"]
+    assert fine.notes == ["reference: batch 4 does not fit and is left out"] and endless.seconds < 30
+    assert "== broken\nso far" in log.getvalue() and "begun" in log.getvalue()
+    (late,) = gpu_suite.run_parts(parts[2:], seconds=10, log=log)
+    assert late.state == "did not fit" and late.seconds == 0
+    said = capsys.readouterr().err
+    assert "[3/3] fine: at most" in said and "left for all" in said and "[1/1] fine: did not fit" in said
+    protocol.write_json(tmp_path / "x.json", torch.device("cpu"), [step_row()])
+    page = gpu_suite.summary([broken, endless, fine, late], tmp_path, torch.device("cpu"))
+    assert "| broken | failed | " in page and "exit code 1: no kernel" in page and "train ffhq64-ncsnpp bf16" in page
+    assert f"torch {torch.__version__}" in page
+
+
+def test_the_suite_counts_tests(tmp_path):
+    (tmp_path / "test_x.py").write_text("import pytest\ndef test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass\n")
+    part = gpu_suite.Part("tests", ["-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)], 60)
+    assert gpu_suite.run_part(part, 60, io.StringIO()).notes[0].startswith("1 passed, 1 skipped")
+
+
+@pytest.mark.parametrize(("scale", "device"), [("full", "cuda"), ("tiny", "cpu")])
+def test_parts_of_a_suite(scale, device, tmp_path):
+    """Every part's options are ones that its benchmark takes, and no two parts write one file."""
+    parts = gpu_suite.parts_of(scale, device, tmp_path)
+    scripts = {Path(part.command[0]).name for part in parts}
+    assert scripts == {"-m", "kernels.py", "step_time.py", "sampling_latency.py"}
+    targets = [
+        (p.command[0], p.command[2:6], p.command[p.command.index("--out") + 1]) for p in parts if "--out" in p.command
+    ]
+    assert all(targets.count(target) == 1 for target in targets)
+    names = [part.name for part in parts]
+    assert len(set(names)) == len(names) and sum("--profile" in part.command for part in parts) == 3
+    if scale == "full":
+        for preset in ("cifar10-ddpmpp", "ffhq64-ncsnpp", "imagenet64-adm"):
+            assert f"step {preset} 64" in names and f"step {preset} 256" in names
+        assert {"sample cifar10-ddpmpp 1,64", "sample cifar10-ddpmpp 512", "sample ffhq64-ncsnpp 512"} <= set(names)
+
+
+def test_a_suite_keeps_what_it_did_not_write(tmp_path, monkeypatch):
+    (tmp_path / "mine.json").write_text('{"rows": []}')
+    monkeypatch.setattr(gpu_suite, "parts_of", lambda *_: [gpu_suite.Part("bad", ["-c", "raise SystemExit(3)"], 30)])
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--device", "cpu", "--scale", "tiny", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_suite.main()
+    assert ended.value.code == 1 and (tmp_path / "mine.json").is_file()
+    assert "| bad | failed |" in (tmp_path / "summary.md").read_text()
+
+
+def test_the_band_of_a_loss_curve():
+    reference = [10.0] * 8
+    other = [12.0] * 4 + [8.0] * 4
+    found = loss_curve.compare([10.0] * 6 + [11.0, 11.0], reference, other, window=1)
+    assert found["deviation"] == pytest.approx(0.1) and found["band"] == pytest.approx(0.2)
+    assert found["deviation_over_band"] == pytest.approx(0.5) and found["inside"] and found["steps_within_1e-3"] == 6
+    assert not loss_curve.compare([13.0] * 8, reference, other, window=1)["inside"]
+    assert loss_curve.compare(reference, reference, other, window=1)["steps_within_1e-3"] == 8
+    np.testing.assert_allclose(loss_curve.smooth([1, 2, 3, 6], 2), [1.5, 2.5, 4.5])
+
+
+def test_the_first_steps_of_both_trainers_are_the_same(tmp_path, monkeypatch):
+    """The whole step, optimizer included: five losses of ours and of the reference, and not those of another seed."""
+    options = ["--steps", "5", "--out", str(tmp_path), "--plot", str(tmp_path / "curve.svg")]
+    monkeypatch.setattr(sys, "argv", ["loss_curve.py", *options])
+    monkeypatch.setattr(loss_curve, "BATCH", 8)
+    loss_curve.main()
+    document = json.loads((tmp_path / "loss_curve-digits-cpu.json").read_text())
+    (row,) = document["rows"]
+    assert (
+        row["work"] == "loss digits 5" and row["steps_within_1e-3"] == 5 and 0 < row["deviation"] < 1e-4 < row["band"]
+    )
+    assert row["inside"] and len(document["curves"]["ours"]) == len(document["steps"]) == 4
+    assert (tmp_path / "curve.svg").read_text().count("<path") > 3
