@@ -34,7 +34,9 @@ def test_weights_are_paid_for_once_and_images_each(fixed, each, batch, last, mon
     network = Timed(fixed, each)
     monkeypatch.setattr(estimate.models, "build", lambda config: network)
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: network.now)
-    settings = resolve(resolution=8, assignments=["training.kimg=2", f"training.batch={batch}"])
+    settings = resolve(
+        resolution=8, assignments=["training.kimg=2", f"training.batch={batch}", "training.sample_kimg=0"]
+    )
     found = estimate.estimate_run(settings, channels=1, num_classes=0, nimg=1000)
     assert network.seen[-1] == last and f"scaled from {last} images" in found.text and "for 1 kimg" in found.text
     if last > 2 or batch <= 2:
@@ -42,6 +44,20 @@ def test_weights_are_paid_for_once_and_images_each(fixed, each, batch, last, mon
     else:  # one measurement alone cannot tell the two apart
         assert found.seconds == pytest.approx(1000 / 2 * (fixed + 2 * each))
     assert found.is_long == (found.seconds > 86400)
+
+
+def test_sample_grids_take_time(monkeypatch):
+    """64 pictures of 2*18 - 1 forward passes each, a third of a step's arithmetic."""
+    seconds = {}
+    for every in (0, 0.3):
+        network = Timed(0.0, 1e-3)
+        monkeypatch.setattr(estimate.models, "build", lambda config, network=network: network)
+        monkeypatch.setattr(estimate.time, "perf_counter", lambda network=network: network.now)
+        assignments = ["training.kimg=2", "sampling.steps=18", f"training.sample_kimg={every}"]
+        found = estimate.estimate_run(resolve(resolution=8, assignments=assignments), channels=1, num_classes=0)
+        seconds[every] = found.seconds
+        assert ("with 7 sample grids" in found.text) == (every > 0)
+    assert seconds[0.3] - seconds[0] == pytest.approx(7 * 64 * 35 * 1e-3 / 3)
 
 
 def test_every_run_says_what_it_takes(tmp_path, monkeypatch, capsys):

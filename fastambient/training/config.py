@@ -24,6 +24,9 @@ from fastambient.models.presets import PRESETS, default_preset
 from fastambient.sampling import SamplingSettings, check_sampling
 
 
+PREVIEW_IMAGES = 64  # in a grid of samples while training
+
+
 @dataclass(frozen=True)
 class DataSettings:
     source: str = "digits"  # SOURCE or STORE

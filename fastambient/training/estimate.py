@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastambient import models
 from fastambient.console import duration
 from fastambient.planning import STATE_BYTES
-from fastambient.training.config import Settings, network_config
+from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
 
 _PROBE_SECONDS = 1.0  # ever more images are measured until this is spent; the last measurement may take as long again
 _SHORT_SECONDS = 0.1  # a measurement as short as this is taken twice: the first one pays for allocation
@@ -92,8 +93,12 @@ def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: i
     memory = parameters * STATE_BYTES + activations * micro
     left = max(t.kimg - nimg / 1000, 0.0)
     total = left * 1000 / micro * pass_seconds / t.ranks
+    previews = math.ceil(left / t.sample_kimg) if t.sample_kimg else 0
+    # An evaluation is a forward pass, a third of a step's arithmetic; one rank makes the previews, the others wait.
+    total += previews * PREVIEW_IMAGES * settings.sampling.evaluations * pass_seconds / micro / 3
     text = (
         f"{parameters:,} parameters; about {memory / 2**30:.2f} GiB a rank ({micro} images at once);"
-        f" about {duration(total)} for {left:g} kimg on {t.ranks} rank(s), scaled from {images} images timed now"
+        f" about {duration(total)} for {left:g} kimg on {t.ranks} rank(s)"
+        f"{f' with {previews} sample grids' if previews else ''}, scaled from {images} images timed now"
     )
     return Estimate(parameters, memory, total, text)

@@ -28,7 +28,7 @@ from fastambient.nvml import open_gpu
 from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
 from fastambient.training import checkpoint
-from fastambient.training.config import Settings, network_config
+from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
 from fastambient.training.distributed import World
 from fastambient.training.estimate import estimate_run
 from fastambient.training.monitor import Monitor, SigmaLoss, gpu_fields
@@ -42,7 +42,7 @@ from fastambient.training.optimizer import (
 from fastambient.training.run import RunFolder
 from fastambient.training.step import TrainingStep
 
-_GRID_SEEDS = range(64)
+_GRID_SEEDS = range(PREVIEW_IMAGES)
 
 
 class Interrupted(FastambientError):
