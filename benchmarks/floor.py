@@ -86,12 +86,15 @@ def measure(
     hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, GroupNorm)]
     recorder = _Recorder()
     c_noise = torch.zeros(len(x), device=device)
-    with recorder, torch.enable_grad():
+    # In the precision of the step: what fits there must fit here.
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with recorder, torch.enable_grad(), autocast:
         network(x, c_noise)
     for hook in hooks:
         hook.remove()
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-        out = network(x, c_noise)
+        with autocast:
+            out = network(x, c_noise)
         if train:
             out.sum().backward()
     network.zero_grad(set_to_none=True)

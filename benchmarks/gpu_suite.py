@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,21 +94,23 @@ def parts_of(scale: str, device: str, out: Path) -> list[Part]:
 
 def run_part(part: Part, seconds: float, log: TextIO) -> Outcome:
     """Run a part for at most `seconds`; its output goes to the log, what a reader must know of it into the notes."""
-    began = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *part.command], cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
-    )  # fmt: skip
-    late = False
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        late = True
-        os.killpg(process.pid, signal.SIGKILL)  # with the workers of torch.compile
-        output, _ = process.communicate()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    began, late = time.monotonic(), False
+    # A file and no pipe: workers of torch.compile that outlive a part would hold its end open.
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        process = subprocess.Popen(
+            [sys.executable, *part.command], cwd=HERE.parent, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(timeout=seconds)
+        except BaseException as stopped:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            process.wait()
+            late = isinstance(stopped, subprocess.TimeoutExpired)
+            if not late:
+                raise
+        file.seek(0)
+        output = file.read()
     took = time.monotonic() - began
     log.write(f"== {part.name}\n{output}\n")
     log.flush()

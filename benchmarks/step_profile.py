@@ -36,6 +36,8 @@ def operator_times(step: Callable[[], object], device: torch.device, *, steps: i
             microseconds, into = event.self_cpu_time_total, operators
         else:
             microseconds = event.self_device_time_total
+            if event.device_type != DeviceType.CPU and event.is_user_annotation:
+                continue  # a span on the device's time line, such as an optimizer's step, and no kernel
             into = operators if event.device_type == DeviceType.CPU else kernels
         if microseconds > 0:
             into[event.key] = (microseconds * 1e-6 / steps, max(1, round(event.count / steps)))

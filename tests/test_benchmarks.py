@@ -6,7 +6,9 @@ import argparse
 import copy
 import io
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -101,6 +103,18 @@ def test_the_floor_counts_every_product(monkeypatch, train):
     with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         network(x, torch.zeros(4))
     assert found.flops == counter.get_total_flops() if not train else found.flops > 2.5 * counter.get_total_flops()
+
+
+def test_the_floor_of_bf16_is_counted_in_bf16(monkeypatch):
+    """The same products, and what fits in memory as a bf16 step must not be run in float32 to be counted."""
+    seen = []
+    network = made("ddpmpp")
+    network.dec["8x8_block1"].register_forward_hook(lambda module, arguments, out: seen.append(out.dtype))
+    monkeypatch.setattr(floor, "_seconds", lambda *_: 1.0)
+    x = torch.randn(2, 2, 8, 8)
+    half, full = (floor.measure(network, x, dtype=dtype, rate=1e9) for dtype in (torch.bfloat16, torch.float32))
+    assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert half.products == full.products and half.flops == full.flops
 
 
 def test_rows_say_what_the_gpu_did(monkeypatch):
@@ -296,6 +310,15 @@ def test_a_suite_goes_on_after_a_failure(tmp_path, capsys):
     page = gpu_suite.summary([broken, endless, fine, late], tmp_path, torch.device("cpu"))
     assert "| broken | failed | " in page and "exit code 1: no kernel" in page and "train ffhq64-ncsnpp bf16" in page
     assert f"torch {torch.__version__}" in page
+
+
+def test_a_part_ends_when_it_ends():
+    """Not when a process does that it left behind with its output open, as torch.compile leaves workers."""
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '20']); print(p.pid)"
+    log = io.StringIO()
+    outcome = gpu_suite.run_part(gpu_suite.Part("parent", ["-c", child], 10), 10, log)
+    os.kill(int(log.getvalue().split()[-1]), signal.SIGKILL)
+    assert outcome.state == "done" and outcome.seconds < 10
 
 
 def test_the_suite_counts_tests(tmp_path):
