@@ -205,8 +205,8 @@ def test_the_clean_image_of_an_ambient_draw_reaches_nothing(tmp_path, augment):
     sigma, loss = trainer.step.forward(positions)
     ambient = sigma >= 0.2
 
-    def another(positions):
-        batch = original(positions)
+    def another(positions, index=None):
+        batch = original(positions, index)
         return dataclasses.replace(
             batch, images=torch.where(ambient.view(-1, 1, 1, 1), 255 - batch.images, batch.images)
         )
@@ -237,7 +237,9 @@ def test_fresh_noise_is_new_at_every_draw_and_fixed_is_not(tmp_path):
         try:
             for shift in (0, 1000):
                 moved = torch.arange(8) + shift
-                trainer.step.loader.batch = lambda p: type(first)(first.images, first.ids, first.flips, None, p, None)
+                trainer.step.loader.batch = lambda p, _: type(first)(
+                    first.images, first.ids, first.flips, None, p, None
+                )
                 trainer.step.forward(moved)
         finally:
             step.draw_sigma = original

@@ -15,6 +15,7 @@ from fastambient.data.order import dataset_indices
 from fastambient.data.shards import ShardedArray
 from fastambient.data.store import Split
 from fastambient.errors import FastambientError, InputError
+from fastambient_kernels import seed_tensor
 from fastambient_kernels.noise import Stream, uniform
 
 _CHUNK_BYTES = 64 << 20  # copied to the device in pieces: the host never holds the whole set
@@ -56,6 +57,7 @@ class ResidentLoader:
                 "the store holds no noised images; prepare it with --sigma-tn S --noisy float16 or float32"
             )
         self.seed, self.device, self.xflip = seed, torch.device(device), xflip
+        self._seed = seed_tensor(seed, self.device)
         try:
             self.images = _to_device(split.images, self.device)
             self.noisy = _to_device(split.noisy, self.device) if use_noisy and split.noisy is not None else None
@@ -73,12 +75,20 @@ class ResidentLoader:
         held = (self.images, self.noisy, self.ids, self.labels)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
-    def batch(self, positions: Tensor) -> Batch:
-        """The samples at `positions` (int64 [N]) of the endless shuffled sequence."""
-        index = dataset_indices(positions, len(self.images), seed=self.seed).to(self.device, non_blocking=True)
+    def index(self, positions: Tensor) -> Tensor:
+        """Which image of the set stands at each of `positions` (int64 [N]): int64 [N] on the CPU, the host's work."""
+        return dataset_indices(positions, len(self.images), seed=self.seed)
+
+    def batch(self, positions: Tensor, index: Tensor | None = None) -> Batch:
+        """The samples at `positions` (int64 [N]) of the endless shuffled sequence.
+
+        index : what `index` gave for them, on the loader's device: then all of the work is the device's; None asks here
+        """
+        if index is None:
+            index = self.index(positions).to(self.device, non_blocking=True)
         positions = positions.to(self.device, non_blocking=True)
         if self.xflip:
-            flips = uniform(positions, 1, seed=self.seed, stream=Stream.AUGMENT)[:, 0] < 0.5
+            flips = uniform(positions, 1, seed=self._seed, stream=Stream.AUGMENT)[:, 0] < 0.5
         else:
             flips = torch.zeros_like(positions, dtype=torch.bool)
         return Batch(

@@ -83,6 +83,7 @@ class TrainingSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0  # adam, apex: coupled (L2), adamw: decoupled
     precision: Literal["fp32", "bf16"] = "fp32"
+    cuda_graph: Literal["auto", "on", "off"] = "auto"  # a step as one CUDA graph; on: says so where there is none
     seed: int = 0  # of initialisation, data order, sigma and fresh noise
     augment: float = 0.0  # probability of each of EDM's geometric augmentations, clean regime only
     augment_ambient: Literal["none", "reference"] = "none"  # reference: also in the ambient regime, which leaks
@@ -171,6 +172,8 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
             return None
         return _coerce(value, next(o for o in options if o is not type(None)), where)
     if origin is Literal:
+        if isinstance(value, bool) and "on" in options:  # YAML 1.1 reads a bare on and off as true and false
+            value = "on" if value else "off"
         if value not in options:
             raise InputError(f"{where} must be one of {', '.join(map(str, options))}, got {value!r}")
         return value

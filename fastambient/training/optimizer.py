@@ -34,6 +34,7 @@ def build_optimizer(network: nn.Module, settings: TrainingSettings) -> AdamEMA:
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         decoupled_weight_decay=settings.optimizer == "adamw",
+        capturable=params[0].is_cuda,
         emas=1,
     )
 

@@ -1,5 +1,8 @@
 """One optimizer step: batch -> noise -> network -> loss -> backward -> optimizer with EMA.
 
+The host fills static memory, launches `iteration` (as one CUDA graph where there is one), prepares the next step's
+batch while the device works, and reads the results back in one piece.
+
 Every random number is a function of (seed, position), position = images seen so far + index in the global batch:
 neither the number of ranks nor the micro-batch nor a resume changes a draw.
 """
@@ -7,6 +10,7 @@ neither the number of ranks nor the micro-batch nor a resume changes a draw.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastambient.console import warn
 from fastambient.data.augment import augment
 from fastambient.data.resident import Batch, ResidentLoader
 from fastambient.diffusion.edm import draw_sigma
 from fastambient.errors import InputError
 from fastambient.training.config import Settings
 from fastambient.training.distributed import World
+from fastambient.training.graph import GraphedIteration, why_no_graph
 from fastambient.training.monitor import SigmaLoss
 from fastambient.training.optimizer import ema_beta, learning_rate
 from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, is_ambient, seed_tensor
@@ -79,43 +85,76 @@ class TrainingStep:
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        # Static memory of `iteration`: positions and data set indices; lr, EMA decay, and what this rank was asked for.
+        self.positions, self.index = torch.zeros(2, self.share, dtype=torch.int64, device=world.device)
+        self.lr, self.ema_beta, *_ = self.numbers = torch.zeros(4, dtype=torch.float64, device=world.device)
+        self._prepared: tuple[int, Tensor] | None = None  # images seen and batch of the step to come
+        reason = why_no_graph(settings.training, world)
+        self.run: Callable[[], Tensor] = self.iteration
+        if reason is None:
+            self.run = GraphedIteration(self.iteration, world.device)
+        elif settings.training.cuda_graph == "on" and world.first:
+            warn(f"training.cuda_graph on: no CUDA graph of the training step ({reason})")
 
     def __call__(self, nimg: int, *, stop: bool = False, line: bool = False) -> StepResult:
-        t, world = self.settings.training, self.world
-        first = nimg + world.rank * self.share
-        bins = None
-        ambient = torch.zeros((), device=world.device)
-        for start in range(first, first + self.share, self.micro):
-            last = start + self.micro == first + self.share
-            positions = torch.arange(start, start + self.micro, device=world.device)
-            with contextlib.nullcontext() if last or world.size == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                sigma, loss = self.forward(positions)
-                # Sums over pixels, mean over the batch; DDP then takes the mean over ranks.
-                (loss.sum() / self.share).backward()
-            part = self.sigma_loss.bin(sigma, loss.detach())
-            bins = part if bins is None else bins + part
-            ambient += is_ambient(sigma, self.settings.noise.sigma_tn or 0.0).sum()
-        assert bins is not None
-        asked = torch.tensor([float(stop), float(line)], device=world.device)
-        totals = world.sum(torch.cat([bins.flatten(), ambient.double()[None], asked])).cpu()
-        bins, (draws, stops, lines) = totals[:-3].view(2, -1), totals[-3:].tolist()
+        t = self.settings.training
+        lr, beta = learning_rate(nimg, t), ema_beta(nimg + t.batch, t)
+        prepared = self._prepared
+        batch = prepared[1] if prepared is not None and prepared[0] == nimg else self._prepare(nimg)
+        for static, values in zip((self.positions, self.index), batch, strict=True):
+            static.copy_(values, non_blocking=True)
+        numbers = _pinned(torch.tensor([lr, beta, stop, line], dtype=torch.float64), self.world)
+        self.numbers.copy_(numbers, non_blocking=True)
+        for group in self.optimizer.param_groups:  # a restored optimizer has a copy
+            group["lr"] = self.lr
+        results = self.run()
+        self._prepared = nimg + t.batch, self._prepare(nimg + t.batch)  # while the device works
+        results = results.cpu()  # the step's one wait for the device
+        bins, (draws, stops, lines, norm, bad) = results[:-5].view(2, -1), results[-5:].tolist()
         self.sigma_loss.sums += bins
-
-        lr = learning_rate(nimg, t)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step(ema_betas=[ema_beta(nimg + t.batch, t)])
-        self.optimizer.zero_grad(set_to_none=True)
-        norm, bad = self.optimizer.grad_norm, self.optimizer.nonfinite
-        assert norm is not None and bad is not None
         return StepResult(
-            float(bins[0].sum()) / t.batch, lr, float(norm), int(bad), draws / t.batch, stop=stops > 0, line=lines > 0
+            float(bins[0].sum()) / t.batch, lr, norm, int(bad), draws / t.batch, stop=stops > 0, line=lines > 0
         )
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(sigma [N], loss [N]) of the global batch's `positions` (int64 [N])."""
+    def _prepare(self, nimg: int) -> Tensor:
+        """Positions and data set indices of the step after `nimg` images: int64 [2, share] on the host."""
+        first = nimg + self.world.rank * self.share
+        positions = torch.arange(first, first + self.share)
+        return _pinned(torch.stack([positions, self.loader.index(positions)]), self.world)
+
+    def iteration(self) -> Tensor:
+        """The device's part of a step: reads static memory, waits for nothing, and can be captured in a CUDA graph.
+
+        Returns
+        -------
+        float64 [2 * bins + 5]: loss sums and counts per bin of sigma, ambient draws, ranks asked to stop and to print
+        (sums over all ranks), norm of the gradients, how many of their entries were replaced
+        """
+        world = self.world
+        self.optimizer.zero_grad(set_to_none=True)  # of a step before, or of a capture that failed half-way
+        bins = None
+        ambient = torch.zeros((), dtype=torch.float64, device=world.device)
+        for start in range(0, self.share, self.micro):
+            last = start + self.micro == self.share
+            part = slice(start, start + self.micro)
+            with contextlib.nullcontext() if last or world.size == 1 else self.parallel.no_sync():  # type: ignore[operator]
+                sigma, loss = self.forward(self.positions[part], self.index[part])
+                # Sums over pixels, mean over the batch; DDP then takes the mean over ranks.
+                (loss.sum() / self.share).backward()
+            binned = self.sigma_loss.bin(sigma, loss.detach())
+            bins = binned if bins is None else bins + binned
+            ambient += is_ambient(sigma, self.settings.noise.sigma_tn or 0.0).sum()
+        assert bins is not None
+        sums = world.sum(torch.cat([bins.flatten(), ambient[None], self.numbers[2:]]))
+        self.optimizer.step(ema_betas=[self.ema_beta])
+        norm, bad = self.optimizer.grad_norm, self.optimizer.nonfinite
+        assert norm is not None and bad is not None
+        return torch.cat([sums, norm.double()[None], bad.double()[None]])
+
+    def forward(self, positions: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(sigma [N], loss [N]) of the global batch's `positions` (int64 [N]); `index` as `ResidentLoader.batch`'s."""
         n, t = self.settings.noise, self.settings.training
-        batch = self.loader.batch(positions)
+        batch = self.loader.batch(positions, index)
         sigma = draw_sigma(positions, seed=self.seed, P_mean=n.P_mean, P_std=n.P_std)
         images, flips, augment_labels = self._augmented(batch, sigma)
         # Fresh noise is the fixed noise of an image that is new at every draw.
@@ -159,3 +198,8 @@ class TrainingStep:
             return images, batch.flips, labels
         mirrored = torch.where(batch.flips.view(-1, 1, 1, 1), images.flip(3), images)
         return mirrored, torch.zeros_like(batch.flips), labels
+
+
+def _pinned(host: Tensor, world: World) -> Tensor:
+    """`host` in memory that a GPU copies from without the CPU waiting."""
+    return host.pin_memory() if world.device.type == "cuda" else host
