@@ -23,7 +23,6 @@ from fastambient.errors import InputError, check_seed, did_you_mean
 from fastambient.models.presets import PRESETS, default_preset
 from fastambient.sampling import SamplingSettings, check_sampling
 
-
 PREVIEW_IMAGES = 64  # in a grid of samples while training
 
 
