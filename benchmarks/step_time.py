@@ -118,6 +118,7 @@ def agreement(trainer: Trainer, other: BaselineStep) -> float:
             (trainer.network, lambda: trainer.step.forward(positions)[1]),
             (other.network, lambda: other.loss(batch.images, batch.flips, sigma, noises)),
         ):
+            network.zero_grad(set_to_none=True)  # what a step before left
             loss = loss_of()
             loss.sum().backward()
             losses.append(loss.detach())
