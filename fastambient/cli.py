@@ -186,6 +186,16 @@ def train(
             default="a tenth of the run, at most 500",
         ),
     ] = None,
+    checkpoint_levels: Annotated[
+        int | None,
+        option(
+            "keep no activations of the network's N highest resolutions, compute them anew in the backward pass: less"
+            " memory, more time, the same numbers",
+            "--checkpoint-levels",
+            metavar="N",
+            default="0",
+        ),
+    ] = None,
     weighting: Annotated[Weighting | None, option("weighting of the ambient loss", default="paper")] = None,
     noise: Annotated[
         NoiseMode | None, option("fresh: an ablation, new noise at every draw undoes the method", default="fixed")
@@ -211,7 +221,7 @@ def train(
 
     if resume is not None:
         given = {"--data": data, "--out": out, "--preset": preset, "--config": config, "--sigma-tn": sigma_tn, "--kimg": kimg, "--batch": batch, "--seed": seed,
-                 "--noise-seed": noise_seed, "--precision": precision, "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--weighting": weighting,
+                 "--noise-seed": noise_seed, "--precision": precision, "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--checkpoint-levels": checkpoint_levels, "--weighting": weighting,
                  "--noise": noise, "--augment-ambient": augment_ambient, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
         for name, value in given.items():
             if value is not None and value != []:
@@ -224,7 +234,7 @@ def train(
         "noise": {"sigma_tn": sigma_tn, "weighting": weighting and weighting.value, "mode": noise and noise.value},
         "training": {
             "kimg": kimg, "batch": batch, "seed": seed, "precision": precision and precision.value, "ranks": ranks, "device": device,
-            "checkpoint_kimg": checkpoint_kimg, "augment_ambient": augment_ambient and augment_ambient.value,
+            "checkpoint_kimg": checkpoint_kimg, "checkpoint_levels": checkpoint_levels, "augment_ambient": augment_ambient and augment_ambient.value,
         },
     }  # fmt: skip
     request = start.TrainRequest(

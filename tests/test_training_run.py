@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -390,3 +391,36 @@ def test_time_that_pictures_take_is_in_the_runs_time_and_in_the_time_left(tmp_pa
     _, state = checkpoint.load_latest(path / "checkpoints")
     assert state["seconds"] > 3 * 0.5  # the last checkpoint is written before the last preview's pause is counted
     assert len(lefts) == 2 and lefts[0] > 0.5 and lefts[1] == 0  # at half of the run: a preview lies behind
+
+
+def test_the_collector_rests_while_training_and_is_put_back(tmp_path, monkeypatch):
+    """Objects of the first steps are frozen; nothing is collected but at checkpoints."""
+    seen, original = [], loop.TrainingStep.__call__
+
+    def step(self, nimg, **keywords):
+        seen.append((gc.isenabled(), gc.get_freeze_count() > 0))
+        return original(self, nimg, **keywords)
+
+    collections = []
+    monkeypatch.setattr(loop.TrainingStep, "__call__", step)
+    monkeypatch.setattr(loop.gc, "collect", lambda: collections.append(len(seen)))
+    frozen = gc.get_freeze_count()
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            train_here(make_run(tmp_path / f"{enabled}"))
+            assert gc.isenabled() == enabled and gc.get_freeze_count() <= frozen
+        finally:
+            gc.enable()
+        assert seen == [(False, False)] * 3 + [(False, True)] * 17
+        assert collections == [3, 10, 20], "after the first steps and at both checkpoints"
+        seen.clear()
+        collections.clear()
+
+    def broken(self, nimg, **keywords):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(loop.TrainingStep, "__call__", broken)
+    with pytest.raises(ValueError, match="broken"):
+        train_here(make_run(tmp_path / "broken"))
+    assert gc.isenabled()

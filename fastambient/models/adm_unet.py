@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from itertools import count
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -149,7 +148,7 @@ class DhariwalUNet(nn.Module):
             else:
                 x = self.dec[f"{res}x{res}_up"](x, emb, dropout_key)
             for i in range(self.num_blocks + 1):
-                x = self.dec[f"{res}x{res}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb, dropout_key)
+                x = self.dec[f"{res}x{res}_block{i}"](x, emb, dropout_key, skips.pop())
         return self.out_conv(self.out_norm(x))
 
     def _embed(

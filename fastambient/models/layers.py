@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastambient.errors import InputError
 from fastambient_kernels import dropout, group_norm_silu
@@ -224,7 +225,14 @@ class UNetBlock(nn.Module):
     Parameters
     ----------
     layer : number of the block within its network, from 1; names its dropout masks
+
+    Attributes
+    ----------
+    recompute : activation checkpointing: nothing but the input is kept for the backward pass, which computes the block
+        anew, with the same dropout mask
     """
+
+    recompute = False
 
     def __init__(
         self, in_channels: int, out_channels: int, style: BlockStyle, layer: int, *,
@@ -257,8 +265,19 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, s.init_attn)
             self.proj = Conv2d(out_channels, out_channels, 1, s.init_zero)
 
-    def forward(self, x: Tensor, emb: Tensor, key: DropoutKey | None) -> Tensor:
-        """x [N, in_channels, H, W], emb [N, emb_channels] -> [N, out_channels, H', W']."""
+    def forward(self, x: Tensor, emb: Tensor, key: DropoutKey | None, skip: Tensor | None = None) -> Tensor:
+        """x [N, in_channels, H, W], emb [N, emb_channels] -> [N, out_channels, H', W'].
+
+        skip : the last channels of in_channels where x holds the first ones alone
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._compute(x, emb, key, skip)
+        # A keyed mask comes out the same without the generator's state, which a CUDA graph could not read.
+        return checkpoint(self._compute, x, emb, key, skip, use_reentrant=False, preserve_rng_state=key is None)
+
+    def _compute(self, x: Tensor, emb: Tensor, key: DropoutKey | None, skip: Tensor | None) -> Tensor:
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
         y = self.conv0(self.norm0(x))
         params = self.affine(emb)
         if self.adaptive_scale:
@@ -285,6 +304,15 @@ class UNetBlock(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         y = F.linear(y, self.proj.weight.flatten(1), self.proj.bias)
         return y.transpose(1, 2).unflatten(2, (height, width))
+
+
+def recompute_levels(network: nn.Module, levels: int) -> None:
+    """Let the blocks of the `levels` highest resolutions (0: none) keep their input alone for the backward pass."""
+    names = tuple(f"{res}x{res}_" for res in network.resolutions[:levels])  # type: ignore[index]
+    for part in (network.enc, network.dec):
+        for name, block in part.items():  # type: ignore[operator, union-attr]
+            if isinstance(block, UNetBlock):
+                block.recompute = name.startswith(names)
 
 
 def one_hot_or_zeros(labels: Tensor | None, like: Tensor, label_dim: int) -> Tensor:

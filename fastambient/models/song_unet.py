@@ -225,7 +225,7 @@ class SongUNet(nn.Module):
             else:
                 x = self.dec[f"{res}x{res}_up"](x, emb, key)
             for i in range(self.num_blocks + 1):
-                x = self.dec[f"{res}x{res}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb, key)
+                x = self.dec[f"{res}x{res}_block{i}"](x, emb, key, skips.pop())
             if self.decoder_type == "skip" or res == self.resolutions[0]:
                 y = self.dec[f"{res}x{res}_aux_conv"](self.dec[f"{res}x{res}_aux_norm"](x))
                 picture = y if picture is None else y + self.dec[f"{res}x{res}_aux_up"](picture)

@@ -76,6 +76,7 @@ class TrainingSettings:
     lr_rampup_kimg: float = 0.0
     ema_halflife_kimg: float = 500.0
     ema_rampup_ratio: float | None = 0.05  # half-life at most this share of the images seen; None: no ramp
+    checkpoint_levels: int = 0  # highest resolutions whose blocks are computed anew in the backward pass: less memory
     optimizer: Literal["adam", "adamw", "apex"] = "adam"  # apex: Adam by NVIDIA's FusedAdam, on CUDA
     beta1: float = 0.9
     beta2: float = 0.999
@@ -281,6 +282,11 @@ def check(settings: Settings) -> None:
     need(math.isfinite(t.kimg) and t.kimg * 1000 >= 1, "training.kimg", t.kimg, "0.001 (one image) or more")
     need(t.batch >= 1, "training.batch", t.batch, "1 or more")
     need(t.batch_gpu is None or t.batch_gpu >= 1, "training.batch_gpu", t.batch_gpu, "1 or more")
+    most = len(settings.model.channel_mult)
+    need(
+        0 <= t.checkpoint_levels <= most, "training.checkpoint_levels", t.checkpoint_levels,
+        f"between 0 and {most}, the number of resolutions in the network",
+    )  # fmt: skip
     finite("training.lr", t.lr, above=0)
     finite("training.lr_rampup_kimg", t.lr_rampup_kimg, least=0)
     finite("training.ema_halflife_kimg", t.ema_halflife_kimg, least=0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastambient import models
 from fastambient.console import duration
+from fastambient.models.layers import recompute_levels
 from fastambient.planning import STATE_BYTES
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
 
@@ -45,6 +46,8 @@ def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: i
     config = network_config(settings, channels=channels, num_classes=num_classes)
     with torch.random.fork_rng(devices=[]):
         network = models.build(config).to(device).to(memory_format=torch.channels_last).train()
+    if t.checkpoint_levels:
+        recompute_levels(network, t.checkpoint_levels)
     parameters = sum(p.numel() for p in network.parameters())
     micro = t.batch_gpu or t.batch // t.ranks
     saved: dict[int, int] = {}

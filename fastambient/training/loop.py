@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import shlex
 import signal
 import threading
@@ -24,6 +25,7 @@ from fastambient.data.store import Store
 from fastambient.diffusion.ambient import share_message
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.errors import FastambientError
+from fastambient.models.layers import recompute_levels
 from fastambient.nvml import open_gpu
 from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
@@ -43,6 +45,7 @@ from fastambient.training.run import RunFolder
 from fastambient.training.step import TrainingStep
 
 _GRID_SEEDS = range(PREVIEW_IMAGES)
+_WARM_UP_STEPS = 3  # after which what there is stays: network, optimizer, data set, graph
 
 
 class Interrupted(FastambientError):
@@ -82,11 +85,13 @@ class StopSignal:
 
 def build_network(settings: Settings, store: Store, device: torch.device) -> nn.Module:
     """A network with the initial weights of the run's seed, channels-last: the layout in which convolutions and norms
-    are fastest on CPUs and GPUs alike. The global generator is left as it was."""
+    are fastest on CPUs and GPUs alike. The global generator is left as it was. Blocks of the `checkpoint_levels`
+    highest resolutions are computed anew in the backward pass."""
     config = network_config(settings, channels=store.channels, num_classes=store.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.training.seed & (2**63 - 1))
         network = models.build(config)
+    recompute_levels(network, settings.training.checkpoint_levels)
     return network.to(device).to(memory_format=torch.channels_last).train()
 
 
@@ -94,6 +99,19 @@ def crosses(nimg: int, batch: int, every_kimg: float) -> bool:
     """True where the step that ends at `nimg` passes a multiple of `every_kimg`: a function of nimg alone."""
     every = every_kimg * 1000
     return every > 0 and nimg // every > (nimg - batch) // every
+
+
+@contextmanager
+def no_automatic_collection() -> Iterator[None]:
+    """Python's collector runs when asked alone: a collection in the middle of a step is time that a GPU waits."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 class Trainer:
@@ -206,18 +224,23 @@ class Trainer:
         gpu, read_at = open_gpu(world.device), self.nimg
         if gpu is not None:
             gpu.read()  # energy counts from here
-        with StopSignal().listen() as stop:
-            began = time.perf_counter()
+        with StopSignal().listen() as stop, no_automatic_collection():
+            began, first = time.perf_counter(), self.nimg
             while self.nimg < self.total_nimg:
                 step_began = time.perf_counter()
                 line = self.monitor is not None and self.monitor.line_due()
                 result = self.step(self.nimg, stop=stop.signum is not None, line=line)
                 self.nimg += t.batch
+                if self.nimg == first + _WARM_UP_STEPS * t.batch:
+                    gc.collect()
+                    gc.freeze()  # what is there now is not looked through again
                 now = time.perf_counter()
                 elapsed = now - step_began
                 self.seconds, began = self.seconds + now - began, now  # with the pictures and checkpoints in between
                 finished = self.nimg >= self.total_nimg
                 due = finished or crosses(self.nimg, t.batch, t.checkpoint_kimg or 0)
+                if due:
+                    gc.collect()
                 line = due or result.line  # on every rank: each reads its own GPU
                 gauges = {}
                 if line:
