@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastambient import models
+from fastambient.models.layers import UNetBlock, recompute_levels
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,19 @@ class _Meter(TorchDispatchMode):
         return self.convolution, self.product, self.bytes, self.calls
 
 
-def count(config: Mapping[str, Any], *, bf16: bool = False) -> Counts:
-    """Count the network that `models.build(config)` makes; bf16: as if all of it computed in bfloat16."""
+def count(config: Mapping[str, Any], *, bf16: bool = False, checkpoint_levels: int = 0) -> Counts:
+    """Count the network that `models.build(config)` makes.
+
+    bf16 : as if all of it computed in bfloat16
+    checkpoint_levels : as of `training`. The activations are then the blocks' inputs and, of the blocks that are
+        computed anew, the largest one's own; the work is counted without what is computed anew
+    """
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.device("meta"):
         network = models.build(dict(config)).to(dtype).to(memory_format=torch.channels_last).train()
+    recompute_levels(network, checkpoint_levels)
+    chosen = [m for m in network.modules() if isinstance(m, UNetBlock) and m.recompute]
+    recompute_levels(network, 0)  # the meta device cannot: its cost is worked out below
 
     def measure(images: int) -> tuple[Any, Any, float, _Meter]:
         make = functools.partial(torch.zeros, device="meta", dtype=dtype)
@@ -122,13 +131,30 @@ def count(config: Mapping[str, Any], *, bf16: bool = False) -> Counts:
             saved[storage._cdata] = storage  # kept, so that no later one gets its address
             return tensor
 
+        # With checkpointing, the chosen blocks' inputs stay in place of what they save themselves, and while the
+        # backward pass is at one of them, its own is there as well.
+        inputs: dict[int, torch.UntypedStorage] = {}
+        own: list[set[int]] = []
+
+        def enter(_: Any, arguments: tuple[Any, ...]) -> None:
+            inputs.update((t.untyped_storage()._cdata, t.untyped_storage()) for t in arguments if isinstance(t, Tensor))
+            own.append(set(saved))
+
+        def leave(*_: Any) -> None:
+            own[-1] = set(saved) - own[-1]
+
+        hooks = [h for m in chosen for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
         meter = _Meter()
         with _OneAttention(), meter, torch.autograd.graph.saved_tensors_hooks(note, lambda v: v):
             out = network(x, make(images), labels, augment)
             forward = meter.numbers()
             out.backward(torch.empty_like(out))
         network.zero_grad(set_to_none=True)
-        kept = sum(storage.nbytes() for storage in saved.values())  # weights as well, once a micro-batch
+        for hook in hooks:
+            hook.remove()
+        size = {name: storage.nbytes() for name, storage in (saved | inputs).items()}
+        stay = (set(saved) - set().union(*own)) | set(inputs)  # weights as well, once a micro-batch
+        kept = sum(size[name] for name in stay) + max((sum(size[name] for name in names) for names in own), default=0)
         return forward, meter.numbers(), float(kept), meter
 
     (*one, kept, meter), (*two, kept_two, _) = measure(1), measure(2)  # what both have is paid once a micro-batch

@@ -102,6 +102,11 @@ _GPUS: dict[str, Callable[[str], Machine]] = {
 DEVICES = (*_GPUS, "cpu")
 
 
+def known_gpu(name: str) -> str | None:
+    """The device whose rates are known of the GPU that calls itself `name`, or None."""
+    return next((device for device in _GPUS if device in name.lower()), None)
+
+
 def machine(name: str, counts: Counts, *, precision: str, images: int) -> Machine:
     """The machine of this name; `cpu` is measured here and now, in about a second, on the network's own convolution.
 
@@ -349,7 +354,7 @@ def compare(folder: Path, *, here: str) -> tuple[list[Comparison], list[str]]:
         document = json.loads(file.read_text(encoding="utf-8"))
         rows = {(r["work"], r.get("size", "")): r for r in document["rows"] if str(r.get("work")).split()[0] in _MODELS}
         name = str(document.get("device", ""))
-        device = "cpu" if here and name.startswith(here) else next((d for d in _GPUS if d in name.lower()), None)
+        device = "cpu" if here and name.startswith(here) else known_gpu(name)
         if rows and device is None:
             without.append(f"{file.name}: {name}")
             continue

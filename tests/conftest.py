@@ -82,7 +82,8 @@ def train_here(path: Path, *, resume: bool = False) -> None:
 def read_stats(path: Path, *, timing: bool = False) -> list[dict[str, Any]]:
     """stats.jsonl, without what a clock says unless asked for."""
     rows = [json.loads(line) for line in (path / "stats.jsonl").read_text().splitlines()]
-    return rows if timing else [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+    clock = () if timing else ("images_per_second", "tflops", "mfu")
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
 def cli(*arguments: str, check: int | None = 0, **popen: Any) -> subprocess.CompletedProcess[str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_run, train_here
+from conftest import make_run, read_stats, train_here
 from torch import nn
 
+from fastambient.counting import count
 from fastambient.training import estimate, loop
-from fastambient.training.config import resolve
+from fastambient.training.config import network_config, resolve
+from fastambient.training.estimate import work_of
+from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, describe
 
 
@@ -78,3 +81,34 @@ def test_dry_run_says_what_it_would_cost(tmp_path, monkeypatch):
     assert "422,353 parameters" in text and "GiB a rank" in text and "for 1 kimg" in text
     assert "sigma_tn 0.1875: 65.4%" in text and "model_channels: 24" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_the_work_of_a_step_is_counted_and_held_against_known_rates():
+    """By hand: 6 FLOP a weight and pixel of a convolution; the share of the time that the known rates would take."""
+    settings = resolve(resolution=8, assignments=["training.batch=64", "training.precision=bf16"])
+    shape = {"channels": 1, "num_classes": 0}
+    config = network_config(settings, **shape)
+    step = count(config, bf16=True).step
+    whole = work_of(settings, **shape, ranks=1, gpu=None)
+    assert whole.flops == 64 * step.flops and step.convolution > 0.9 * step.flops
+    assert whole.rates(0.5) == {"tflops": 128 * step.flops / 1e12}
+    quarter = work_of(settings, **shape, ranks=4, gpu="NVIDIA H100 80GB HBM3")
+    assert quarter.flops == whole.flops / 4
+    floor = 16 * (step.convolution / 520e12 + step.product / 792e12)
+    assert quarter.rates(0.5)["mfu"] == pytest.approx(floor / 0.5) and quarter.rates(floor)["mfu"] == pytest.approx(1)
+    assert work_of(settings, **shape, ranks=1, gpu="Another GPU").floor is None
+    anew = settings.with_values({"training": {"checkpoint_levels": 2}}, where="test")
+    assert work_of(anew, **shape, ranks=1, gpu=None) == whole, "what is computed anew is no work"
+    again = count(config, bf16=True, checkpoint_levels=2)
+    assert again.step == step and 0 < again.activations < 0.7 * count(config, bf16=True).activations
+
+
+def test_rates_stand_in_the_log_and_on_the_console(tmp_path, capsys):
+    path = make_run(tmp_path / "run")
+    train_here(path)
+    rows = read_stats(path, timing=True)
+    settings = RunFolder(path).read_settings()
+    flops = work_of(settings, channels=1, num_classes=0, ranks=1, gpu=None).flops
+    for row in rows:
+        assert row["tflops"] == pytest.approx(flops * row["images_per_second"] / 8 / 1e12) and "mfu" not in row
+    assert " TFLOP/s  ambient " in capsys.readouterr().err

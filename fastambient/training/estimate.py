@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from fastambient import models
 from fastambient.console import duration
+from fastambient.counting import Counts, count
 from fastambient.models.layers import recompute_levels
-from fastambient.planning import STATE_BYTES
+from fastambient.planning import STATE_BYTES, known_gpu, machine
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
 
 _PROBE_SECONDS = 1.0  # ever more images are measured until this is spent; the last measurement may take as long again
@@ -33,6 +35,40 @@ class Estimate:
     def is_long(self) -> bool:
         """Over a day: to be said as a warning."""
         return self.seconds > _LONG_SECONDS
+
+
+@dataclass(frozen=True)
+class Work:
+    """The counted work of a step, to be held against the time it took. What checkpointing computes anew is no work."""
+
+    flops: float  # a rank
+    floor: float | None  # seconds that a rank's convolutions and products take at known rates; None: not known
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """``tflops`` (10^12 FLOP/s a rank) and, where rates are known, ``mfu`` (0 to 1) of a step of `seconds`."""
+        found = {"tflops": self.flops / seconds / 1e12}
+        return found if self.floor is None else found | {"mfu": self.floor / seconds}
+
+
+@functools.lru_cache(maxsize=8)
+def _counts(settings: Settings, channels: int, num_classes: int) -> Counts:
+    t = settings.training
+    config = network_config(settings, channels=channels, num_classes=num_classes)
+    return count(config, bf16=t.precision == "bf16", checkpoint_levels=t.checkpoint_levels)
+
+
+def work_of(settings: Settings, *, channels: int, num_classes: int, ranks: int, gpu: str | None) -> Work:
+    """gpu : what a rank's GPU calls itself; None on a CPU. Its rates are those of `planning`."""
+    t = settings.training
+    counts = _counts(settings, channels, num_classes)
+    images = t.batch // ranks
+    name = None if gpu is None else known_gpu(gpu)
+    floor = None
+    if name is not None:
+        rates = machine(name, counts, precision=t.precision, images=images)
+        step = counts.step
+        floor = images * (step.convolution / rates.convolution.value + step.product / rates.product.value)
+    return Work(images * counts.step.flops, floor)
 
 
 def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: int = 0) -> Estimate:

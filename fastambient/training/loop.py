@@ -32,7 +32,7 @@ from fastambient.sampling import SamplingSettings, export, sample
 from fastambient.training import checkpoint
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
 from fastambient.training.distributed import World
-from fastambient.training.estimate import estimate_run
+from fastambient.training.estimate import estimate_run, work_of
 from fastambient.training.monitor import Monitor, SigmaLoss, gpu_fields
 from fastambient.training.optimizer import (
     build_optimizer,
@@ -220,6 +220,10 @@ class Trainer:
             self.monitor = Monitor(
                 self.run, nimg=self.nimg, total_nimg=self.total_nimg, device=world.device, sizes=self.log_sizes
             )
+            work = work_of(
+                self.settings, channels=self.store.channels, num_classes=self.store.num_classes, ranks=world.size,
+                gpu=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
+            )  # fmt: skip
         saved_at = self.nimg if self.log_sizes else -1
         gpu, read_at = open_gpu(world.device), self.nimg
         if gpu is not None:
@@ -248,7 +252,7 @@ class Trainer:
                 if self.monitor is not None:
                     record = {"nimg": self.nimg} | dataclasses.asdict(result) | {"images_per_second": t.batch / elapsed}
                     del record["stop"], record["line"]
-                    self.monitor.step(record | gauges)
+                    self.monitor.step(record | work.rates(elapsed) | gauges)
                     if line:
                         self.monitor.line()
                     if due:

@@ -130,16 +130,19 @@ class Monitor:
         now, nimg = time.monotonic(), self.recent[-1]["nimg"]
         rate = (nimg - self.line_nimg) / max(now - self.line_time, 1e-9)
         mean = lambda key: _mean([r[key] for r in self.recent])  # noqa: E731
+        rates = {key: mean(key) for key in ("tflops", "mfu") if key in self.recent[-1]}
         loss, share, bad = mean("loss"), mean("ambient_share"), sum(r["nonfinite_grads"] for r in self.recent)
         say(
             f"kimg {nimg / 1000:.1f}/{self.total_nimg / 1000:g}  loss {loss:.4g}  {rate:,.0f} images/s"
-            f"  {1000 / rate:.3g} sec/kimg  ambient {share:.0%}  memory {peak_memory(self.device) / 2**30:.2f} GiB"
+            f"  {1000 / rate:.3g} sec/kimg  {rates['tflops']:.3g} TFLOP/s"
+            + (f" ({rates['mfu']:.0%} MFU)" if "mfu" in rates else "")
+            + f"  ambient {share:.0%}  memory {peak_memory(self.device) / 2**30:.2f} GiB"
             f"{_gpu_words(self.recent[-1])}  {duration(self._seconds_left(now, nimg))} left"
             + (f"  {bad} non-finite gradients" if bad else "")
         )
         points = {"loss": loss, "ambient_share": share, "images_per_second": rate, "nonfinite_grads": bad}
         last = {k: v for k, v in self.recent[-1].items() if k in ("lr", "grad_norm") or k in _GPU_POINTS}
-        for name, value in (points | last).items():
+        for name, value in (points | rates | last).items():
             self.writer.add_scalar(f"training/{name}", value, nimg)
         self.line_time, self.line_nimg = now, nimg
         self.recent.clear()
