@@ -54,6 +54,14 @@ class AugmentAmbient(str, Enum):
     none, reference = "none", "reference"
 
 
+def parse_batch(text: str) -> int:
+    """The number of ``--batch``."""
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"--batch must be a whole number or auto, got {text!r}") from None
+
+
 def option(help: str, *names: str, metavar: str | None = None, default: str | None = None) -> Any:
     """An option whose help ends with its default, also where that is computed."""
     text = help if default is None else f"{help} [default: {default}]"
@@ -160,7 +168,12 @@ def train(
         float | None, option("length of the run in thousands of images", metavar="K", default="the preset's")
     ] = None,
     batch: Annotated[
-        int | None, option("images an optimizer step, over all ranks", metavar="B", default="the preset's")
+        str | None,
+        option(
+            "images an optimizer step, over all ranks; auto: the preset's, as many of them at once as fit in memory",
+            metavar="B|auto",
+            default="the preset's",
+        ),
     ] = None,
     seed: Annotated[
         int | None, option("64-bit seed of weights, order and fresh noise", metavar="K", default="0")
@@ -230,15 +243,16 @@ def train(
         start.resume(resume, ranks=ranks, device=device)
         return
     ranks, device = choose_ranks(gpus, processes)
+    fit = batch == "auto"
     options: dict[str, dict[str, Any]] = {
         "noise": {"sigma_tn": sigma_tn, "weighting": weighting and weighting.value, "mode": noise and noise.value},
         "training": {
-            "kimg": kimg, "batch": batch, "seed": seed, "precision": precision and precision.value, "ranks": ranks, "device": device,
+            "kimg": kimg, "batch": None if fit or batch is None else parse_batch(batch), "seed": seed, "precision": precision and precision.value, "ranks": ranks, "device": device,
             "checkpoint_kimg": checkpoint_kimg, "checkpoint_levels": checkpoint_levels, "augment_ambient": augment_ambient and augment_ambient.value,
         },
     }  # fmt: skip
     request = start.TrainRequest(
-        data=data, preset=preset, config=config, assignments=assignments or [], noise_seed=noise_seed,
+        data=data, preset=preset, config=config, assignments=assignments or [], noise_seed=noise_seed, fit=fit,
         options={s: {k: v for k, v in values.items() if v is not None} for s, values in options.items()},
     )  # fmt: skip
     if dry_run:

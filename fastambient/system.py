@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,36 @@ def _cuda_missing() -> str | None:
         return _native.missing("adam_ema", "cuda")
     except RuntimeError as error:  # FASTAMBIENT_CUDA=on makes it one; here it is the answer
         return str(error)
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that a new process can take without swapping: the least of what the machine has and what
+    this process's control group leaves; None where nothing says."""
+    found = [free for free in (_machine_memory(), _group_memory()) if free is not None]
+    return min(found, default=None)
+
+
+def _machine_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
+def _group_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Version 2, or 1; memory that holds files can be had back."""
+    for folder, limit, used, files in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, now = ((folder / name).read_text(encoding="ascii").strip() for name in (limit, used))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+            return None if most == "max" else max(0, int(most) - int(now) + int(stat.get(files, 0)))
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def processor() -> str:

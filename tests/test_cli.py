@@ -40,7 +40,7 @@ def _handlers():
     ("command", "words"),
     [
         ("prepare", ["SOURCE", "--resolution", "--sigma-tn", "--noise-seed", "--train", "--holdout", "--split-seed", "--noisy", "--on-bad-image", "1.5*R/64", "pixels"]),
-        ("train", ["--data", "--out", "--preset", "--config", "--sigma-tn", "--gpus", "--processes", "--kimg", "thousands of images", "--batch", "--seed", "--noise-seed", "--precision", "--checkpoint-kimg", "--set", "--dry-run", "--force", "--resume", "[default: digits]"]),
+        ("train", ["--data", "--out", "--preset", "--config", "--sigma-tn", "--gpus", "--processes", "--kimg", "thousands of images", "--batch", "--seed", "--noise-seed", "--precision", "--checkpoint-kimg", "--checkpoint-levels", "B|auto", "--set", "--dry-run", "--force", "--resume", "[default: digits]"]),
         ("sample", ["--seeds", "--out", "--class", "--steps", "--batch", "--sampler", "--S-churn", "--S-min", "--S-max", "--S-noise", "--guidance", "--autoguidance", "--guidance-interval", "--precision", "heun", "dpmpp-2m", "[default: 1; with --autoguidance 2]"]),
         ("evaluate", ["--samples", "--num", "--out", "RUN/metrics.json"]),
         ("info", ["--json"]),
@@ -76,6 +76,9 @@ BAD = [
     (["train", "--processes", "0"], "--processes must be 1 or more"),
     (["train", "--processes", "3", "--batch", "8"], "--batch 8 does not divide among 3 ranks"),
     (["train", "--batch", "0"], "training.batch must be 1 or more"),
+    (["train", "--batch", "most"], "--batch must be a whole number or auto, got 'most'"),
+    (["train", "--batch", "auto", "--set", "training.batch_gpu=4"], "--batch auto finds training.batch_gpu"),
+    (["train", "--checkpoint-levels", "9"], "training.checkpoint_levels must be between 0 and"),
     (["train", "--precision", "fp16"], "fp16"),
     (["train", "--data", "nowhere"], "'nowhere'"),
     (["train", "--data", ""], "the source is empty"),

@@ -7,12 +7,14 @@ import torch
 from conftest import make_run, read_stats, train_here
 from torch import nn
 
+from fastambient import system
 from fastambient.counting import count
+from fastambient.errors import InputError
 from fastambient.training import estimate, loop
 from fastambient.training.config import network_config, resolve
 from fastambient.training.estimate import work_of
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, describe
+from fastambient.training.start import TrainRequest, create_run, describe, plan
 
 
 class Timed(nn.Module):
@@ -112,3 +114,100 @@ def test_rates_stand_in_the_log_and_on_the_console(tmp_path, capsys):
     for row in rows:
         assert row["tflops"] == pytest.approx(flops * row["images_per_second"] / 8 / 1e12) and "mfu" not in row
     assert " TFLOP/s  ambient " in capsys.readouterr().err
+
+
+GIB = 2**30
+
+
+def fit(limit, monkeypatch, *assignments):
+    monkeypatch.setattr(estimate, "available_memory", lambda: limit)
+    settings = resolve(resolution=32, assignments=["training.batch=48", *assignments])
+    return estimate.fit_micro_batch(settings, channels=3, num_classes=0, data_bytes=10**6)
+
+
+def test_the_largest_micro_batch_that_is_predicted_to_fit(monkeypatch):
+    """State, activations and data set by hand, against nine tenths of the memory that there is."""
+    settings = resolve(resolution=32, assignments=["training.batch=48"])
+    counts = count(network_config(settings, channels=3, num_classes=0))
+    need = {n: 20 * counts.parameters + n * counts.activations + 10**6 for n in (1, 12, 16, 24, 48)}
+    for images, bytes_ in need.items():
+        found, text = fit(bytes_ / 0.9 + 1, monkeypatch)
+        assert found == images and f"{images} of a rank's 48 images at once" in text and "GiB" in text
+        if images > 1:
+            assert fit(bytes_ / 0.9 - 1, monkeypatch)[0] < images
+    assert fit(need[24] / 0.9 + 1, monkeypatch, "training.checkpoint_levels=3")[0] > 24
+    assert fit(2 * need[24] / 0.9, monkeypatch, "training.ranks=2")[0] == 12, "all-reduce buckets, too"
+    assert fit(None, monkeypatch)[0] == 48
+    with pytest.raises(InputError, match=r"--batch auto: not even one image at once fits in memory \(.* GiB of "):
+        fit(need[1] / 0.9 - 1, monkeypatch)
+
+
+def test_trying_stops_at_the_first_that_runs():
+    tried = []
+
+    def run(images):
+        tried.append(images)
+        if images > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert estimate.largest_that_runs([24, 12, 8, 6], run) == 8 and tried == [24, 12, 8]
+    assert estimate.largest_that_runs([24, 12], run) is None
+    with pytest.raises(ValueError, match="another"):
+        estimate.largest_that_runs([8], lambda images: (_ for _ in ()).throw(ValueError("another")))
+
+
+def test_batch_auto_keeps_the_batch_and_its_numbers(tmp_path, monkeypatch, capsys):
+    options = {"training": {"kimg": 0.016, "batch": 8, "sample_kimg": 0}}
+    small = ("model.model_channels=8", "model.num_blocks=1")
+    counts = count(network_config(resolve(resolution=8, assignments=small), channels=1, num_classes=0))
+    data = 100 * 64
+    monkeypatch.setattr(
+        estimate, "available_memory", lambda: (20 * counts.parameters + 2 * counts.activations + 1797 * 64 + data) / 0.9
+    )
+    stats = []
+    for name, fitted in (("whole", False), ("fitted", True)):
+        request = TrainRequest(data="digits", assignments=small, options=options, noise_seed=7, fit=fitted)
+        path = create_run(plan(request), tmp_path / name)
+        settings = RunFolder(path).read_settings()
+        assert settings.training.batch == 8 and settings.training.batch_gpu == (2 if fitted else None)
+        assert capsys.readouterr().err.count("--batch auto: 2 of a rank's 8 images at once") == fitted
+        train_here(path)
+        said = capsys.readouterr().err
+        assert "peak memory " in said and " GiB were predicted for the run's own" in said
+        stats.append(read_stats(path))
+    for a, b in zip(*stats, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and a["ambient_share"] == b["ambient_share"]
+    with pytest.raises(InputError, match=r"--batch auto finds training.batch_gpu, which is set to 4"):
+        plan(TrainRequest(data="digits", assignments=["training.batch_gpu=4"], fit=True))
+
+
+def test_available_memory_is_the_least_of_machine_and_group(tmp_path, monkeypatch):
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300\n")
+    for limit, expected in (("max", None), ("5000", 5000 - 1000 + 300), ("100", 0)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        (tmp_path / "memory.current").write_text("1000\n")
+        assert system._group_memory(tmp_path) == expected
+    assert system._group_memory(tmp_path / "none") is None
+    first = tmp_path / "one" / "memory"
+    first.mkdir(parents=True)
+    for name, text in (("limit_in_bytes", "900"), ("usage_in_bytes", "500"), ("stat", "total_inactive_file 50")):
+        (first / f"memory.{name}").write_text(text)
+    assert system._group_memory(tmp_path / "one") == 450
+    machine = system._machine_memory()
+    assert machine is None or 2**24 < machine < 2**50
+    for group, expected in ((None, 7), (3, 3)):
+        monkeypatch.setattr(system, "_machine_memory", lambda: 7)
+        monkeypatch.setattr(system, "_group_memory", lambda group=group: group)
+        assert system.available_memory() == expected
+
+
+@pytest.mark.gpu
+def test_a_gpu_tries_what_fits():
+    settings = resolve(resolution=32, assignments=["training.batch=4096", "training.device=cuda"])
+    total = torch.cuda.get_device_properties(0).total_memory
+    sizes = []
+    for data_bytes in (0, int(0.7 * total)):
+        found, text = estimate.fit_micro_batch(settings, channels=3, num_classes=0, data_bytes=data_bytes)
+        assert "tried down from 4096" in text
+        sizes.append(found)
+    assert sizes[0] >= sizes[1] >= 1

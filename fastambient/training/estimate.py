@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,16 @@ from torch import Tensor
 from fastambient import models
 from fastambient.console import duration
 from fastambient.counting import Counts, count
+from fastambient.errors import InputError
 from fastambient.models.layers import recompute_levels
-from fastambient.planning import STATE_BYTES, known_gpu, machine
+from fastambient.planning import STATE_BYTES, known_gpu, machine, memory
+from fastambient.system import available_memory
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
+from fastambient_kernels import seed_tensor
 
 _PROBE_SECONDS = 1.0  # ever more images are measured until this is spent; the last measurement may take as long again
 _SHORT_SECONDS = 0.1  # a measurement as short as this is taken twice: the first one pays for allocation
+_SHARE_OF_MEMORY = 0.9  # of what there is that --batch auto plans with
 _LONG_SECONDS = 24 * 3600.0
 
 
@@ -71,6 +76,117 @@ def work_of(settings: Settings, *, channels: int, num_classes: int, ranks: int, 
     return Work(images * counts.step.flops, floor)
 
 
+class _Probe:
+    """A network like the run's, and passes through it; the run's own state and the global generator are left as they
+    are."""
+
+    def __init__(self, settings: Settings, *, channels: int, num_classes: int) -> None:
+        t = settings.training
+        self.device, self.bf16 = torch.device(t.device), t.precision == "bf16"
+        self.config = network_config(settings, channels=channels, num_classes=num_classes)
+        with torch.random.fork_rng(devices=[]):
+            network = models.build(self.config)
+        if t.checkpoint_levels:
+            recompute_levels(network, t.checkpoint_levels)
+        self.network = network.to(self.device).to(memory_format=torch.channels_last).train()
+        self.parameters = sum(p.numel() for p in self.network.parameters())
+        self.saved: dict[int, int] = {}  # address -> bytes of what the last pass kept
+
+    def seconds(self, images: int) -> float:
+        """Of forward and backward."""
+        config, device, network = self.config, self.device, self.network
+        shape = (images, config["img_channels"], config["img_resolution"], config["img_resolution"])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(images, config["label_dim"], device=device) if config["label_dim"] else None
+        augment = torch.zeros(images, config["augment_dim"], device=device) if config["augment_dim"] else None
+        key = (seed_tensor(0, device), torch.arange(images, device=device))
+        network.zero_grad(set_to_none=True)
+        self.saved.clear()
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.autograd.graph.saved_tensors_hooks(self._note, lambda v: v):
+                out = network(x, torch.zeros(images, device=device), labels, augment, dropout_key=key)
+            out.float().square().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        self.saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def fit_micro_batch(settings: Settings, *, channels: int, num_classes: int, data_bytes: int) -> tuple[int, str]:
+    """The most images that a rank can take at once, a divisor of its share of the batch, and a line that says so.
+
+    A GPU tries, from the whole share down. On a CPU, which would swap or end the process instead of refusing, predicted
+    bytes are held against the memory that is available now.
+
+    data_bytes : of the training set, which lies on the rank's device as well
+
+    Raises
+    ------
+    InputError : not even one image fits
+    """
+    t = settings.training
+    share = t.batch // t.ranks
+    sizes = [images for images in range(share, 0, -1) if share % images == 0]
+    if t.device == "cuda":
+        found, text = _fit_by_trying(settings, channels, num_classes, data_bytes, sizes)
+    else:
+        counts, bf16 = _counts(settings, channels, num_classes), t.precision == "bf16"
+        predicted = {n: memory(counts, images=n, bf16=bf16, ranks=t.ranks) + data_bytes for n in sizes}
+        limit = available_memory()
+        most = math.inf if limit is None else _SHARE_OF_MEMORY * limit / t.ranks
+        found = next((n for n in sizes if predicted[n] <= most), None)
+        there = f"of {_gib(most)} a rank may take" if limit is not None else "predicted; how much there is is not known"
+        text = f"{_gib(predicted[found or 1])} {there}"
+    if found is None:
+        raise InputError(
+            f"--batch auto: not even one image at once fits in memory ({text}); choose a smaller --preset, or more"
+            " --checkpoint-levels"
+        )
+    return found, f"--batch auto: {found} of a rank's {share} images at once ({text})"
+
+
+def _fit_by_trying(
+    settings: Settings, channels: int, num_classes: int, data_bytes: int, sizes: Sequence[int]
+) -> tuple[int | None, str]:
+    device = torch.device(settings.training.device)
+    try:
+        probe = _Probe(settings, channels=channels, num_classes=num_classes)
+        # What a run holds beside the probe's weights and gradients, and a reserve for noise and augmentation.
+        reserve = round((1 - _SHARE_OF_MEMORY) * torch.cuda.get_device_properties(device).total_memory)
+        size = data_bytes + (STATE_BYTES - 8) * probe.parameters + reserve
+        held = torch.empty(size, dtype=torch.uint8, device=device)
+        found = largest_that_runs(sizes, probe.seconds)
+        del held, probe
+        return found, f"tried down from {sizes[0]}; {_gib(torch.cuda.max_memory_allocated(device))} at the most"
+    except torch.OutOfMemoryError:
+        return None, "the network itself does not"
+    finally:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def largest_that_runs(sizes: Iterable[int], run: Callable[[int], object]) -> int | None:
+    """The first of `sizes` (falling) that `run` takes without torch.OutOfMemoryError; None where none does."""
+    for images in sizes:
+        try:
+            run(images)
+            return images
+        except torch.OutOfMemoryError:
+            pass  # left outside of the handler, which holds on to the failed pass's memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return None
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
 def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: int = 0) -> Estimate:
     """Measure forward and backward passes of a network like the run's, about two seconds long; the run's own state and
     the global generator are left as they are.
@@ -78,46 +194,17 @@ def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: i
     nimg : images that the run has seen already
     """
     t = settings.training
-    device = torch.device(t.device)
-    config = network_config(settings, channels=channels, num_classes=num_classes)
-    with torch.random.fork_rng(devices=[]):
-        network = models.build(config).to(device).to(memory_format=torch.channels_last).train()
-    if t.checkpoint_levels:
-        recompute_levels(network, t.checkpoint_levels)
-    parameters = sum(p.numel() for p in network.parameters())
+    probe = _Probe(settings, channels=channels, num_classes=num_classes)
+    parameters = probe.parameters
     micro = t.batch_gpu or t.batch // t.ranks
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    def probe(images: int) -> float:
-        """Seconds of forward and backward."""
-        shape = (images, channels, config["img_resolution"], config["img_resolution"])
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-        x = x.contiguous(memory_format=torch.channels_last)
-        labels = torch.zeros(images, config["label_dim"], device=device) if config["label_dim"] else None
-        augment = torch.zeros(images, config["augment_dim"], device=device) if config["augment_dim"] else None
-        key = (0, torch.arange(images, device=device))
-        network.zero_grad(set_to_none=True)
-        saved.clear()
-        began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=t.precision == "bf16"):
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda v: v):
-                out = network(x, torch.zeros(images, device=device), labels, augment, dropout_key=key)
-            out.float().square().sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
 
     def measure(images: int) -> float:
-        seconds = probe(images)
-        return min(seconds, probe(images)) if seconds < _SHORT_SECONDS else seconds
+        seconds = probe.seconds(images)
+        return min(seconds, probe.seconds(images)) if seconds < _SHORT_SECONDS else seconds
 
-    if device.type == "cuda":
-        probe(min(2, micro))  # loads and compiles kernels, once in a run
-    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    if probe.device.type == "cuda":
+        probe.seconds(min(2, micro))  # loads and compiles kernels, once in a run
+    weights = {p.untyped_storage().data_ptr() for p in probe.network.parameters()}
     began = time.perf_counter()
     fewest = images = min(2, micro)  # a single image takes convolutions of another layout
     fewest_seconds = seconds = measure(images)
@@ -128,16 +215,16 @@ def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: i
     # mostly that, so only what grows with the images is scaled up.
     growth = max(seconds - fewest_seconds, 0.0) / (images - fewest) if images > fewest else seconds / images
     pass_seconds = seconds + growth * (micro - images)
-    activations = sum(size for pointer, size in saved.items() if pointer not in weights) / images
-    memory = parameters * STATE_BYTES + activations * micro
+    activations = sum(size for pointer, size in probe.saved.items() if pointer not in weights) / images
+    size = parameters * STATE_BYTES + activations * micro
     left = max(t.kimg - nimg / 1000, 0.0)
     total = left * 1000 / micro * pass_seconds / t.ranks
     previews = math.ceil(left / t.sample_kimg) if t.sample_kimg else 0
     # An evaluation is a forward pass, a third of a step's arithmetic; one rank makes the previews, the others wait.
     total += previews * PREVIEW_IMAGES * settings.sampling.evaluations * pass_seconds / micro / 3
     text = (
-        f"{parameters:,} parameters; about {memory / 2**30:.2f} GiB a rank ({micro} images at once);"
+        f"{parameters:,} parameters; about {_gib(size)} a rank ({micro} images at once);"
         f" about {duration(total)} for {left:g} kimg on {t.ranks} rank(s)"
         f"{f' with {previews} sample grids' if previews else ''}, scaled from {images} images timed now"
     )
-    return Estimate(parameters, memory, total, text)
+    return Estimate(parameters, size, total, text)

@@ -33,7 +33,7 @@ from fastambient.training import checkpoint
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
 from fastambient.training.distributed import World
 from fastambient.training.estimate import estimate_run, work_of
-from fastambient.training.monitor import Monitor, SigmaLoss, gpu_fields
+from fastambient.training.monitor import Monitor, SigmaLoss, gpu_fields, peak_memory
 from fastambient.training.optimizer import (
     build_optimizer,
     ema_weights,
@@ -212,6 +212,7 @@ class Trainer:
         self.monitor.picture("samples", picture, self.nimg)
 
     monitor: Monitor | None = None
+    predicted_memory: float | None = None  # bytes of a rank
 
     def train(self) -> None:
         """Run to the end, or to a signal."""
@@ -278,6 +279,10 @@ class Trainer:
                 self.save()
             self.monitor.close()
             say(f"finished {self.nimg / 1000:g} kimg in {duration(self.seconds)}: {self.run.weights}")
+            predicted = self.predicted_memory
+            of_the_run = "" if predicted is None else f"; {predicted / 2**30:.2f} GiB were predicted for the run's own"
+            whole = "of the GPU" if world.device.type == "cuda" else "of the process with its libraries"
+            say(f"peak memory {peak_memory(world.device) / 2**30:.2f} GiB {whole}{of_the_run}")
 
 
 def train(path: Path, world: World, *, resume: bool) -> None:
@@ -314,6 +319,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
             dataclasses.replace(s, training=here),
             channels=trainer.store.channels, num_classes=trainer.store.num_classes, nimg=trainer.nimg,
         )  # fmt: skip
+        trainer.predicted_memory = cost.memory
         if cost.is_long:
             warn(f"{cost.text}; a smaller --preset or a smaller --kimg takes less")
         else:

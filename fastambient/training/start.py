@@ -32,7 +32,7 @@ from fastambient.training.distributed import (
     leave_world,
     run_from_first,
 )
-from fastambient.training.estimate import estimate_run
+from fastambient.training.estimate import estimate_run, fit_micro_batch
 from fastambient.training.loop import Interrupted, how_to_resume, train
 from fastambient.training.optimizer import need_apex
 from fastambient.training.run import RunFolder
@@ -48,6 +48,7 @@ class TrainRequest:
     assignments: Sequence[str] = ()
     options: Mapping[str, Mapping[str, Any]] | None = None  # settings tree of explicit options
     noise_seed: int | None = None
+    fit: bool = False  # find the largest micro-batch that fits: ``--batch auto``
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,22 @@ def plan(request: TrainRequest) -> Plan:
         need_apex(torch.device(t.device))
     with torch.device("meta"):  # a network that cannot be built is found before anything is written
         models.build(network_config(settings, channels=data.channels, num_classes=data.num_classes))
+    if request.fit:
+        if t.batch_gpu:
+            raise InputError(f"--batch auto finds training.batch_gpu, which is set to {t.batch_gpu}; leave one out")
+        micro, found = fit_micro_batch(
+            settings, channels=data.channels, num_classes=data.num_classes, data_bytes=_data_bytes(settings, data)
+        )
+        say(found)
+        settings = settings.with_values({"training": {"batch_gpu": micro}}, where="--batch auto")
     return Plan(settings, data, request.noise_seed)
+
+
+def _data_bytes(settings: Settings, data: Source | Store) -> int:
+    """Of the training set in a rank's memory; at most, where a source is not split yet."""
+    images = len(data.train) if isinstance(data, Store) else settings.data.train or data.length
+    noisy = {"none": 0, "float16": 2, "float32": 4}[settings.data.noisy if settings.noise.mode == "fixed" else "none"]
+    return images * data.channels * data.resolution**2 * (1 + noisy)
 
 
 def _agree_with_store(
