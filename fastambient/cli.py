@@ -1,4 +1,7 @@
-"""The command line: parse, call one function, print. No logic lives here."""
+"""The command line: parse, call one function, print. No logic lives here.
+
+Long, because every option of every command is declared here with its help.
+"""
 
 from __future__ import annotations
 

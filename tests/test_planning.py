@@ -16,7 +16,7 @@ from fastambient import cli, counting, models, planning
 from fastambient.counting import Counts, Pass, count
 from fastambient.errors import InputError
 from fastambient.planning import Machine, Rate, check, compare, counts_of, make_plan, preset_settings
-from fastambient_kernels import _native
+from fastambient_kernels import _native, _registration
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 TINY = {"model_type": "SongUNet", "img_channels": 2, "img_resolution": 8, "model_channels": 8, "num_blocks": 1,
@@ -54,14 +54,17 @@ def test_published_networks(preset, gflop, parameters):
     assert found.convolution_shape[1][2:] == (3, 3)
 
 
-@pytest.fixture(autouse=True)
-def _fast_paths(monkeypatch):
-    """A plan is of the fast paths, whatever runs the other tests."""
-    monkeypatch.delenv("FASTAMBIENT_IMPL", raising=False)
+def test_a_plan_is_of_the_fast_paths_whatever_is_here(monkeypatch):
+    """It answers for other machines: not for the triton or the FASTAMBIENT_IMPL of this one."""
+    found = count(TINY)
+    monkeypatch.setenv("FASTAMBIENT_IMPL", "reference")
+    monkeypatch.setattr(_registration, "_TRITON_MISSING", "the package triton is not installed")
+    assert count(TINY) == found
 
 
 @pytest.mark.skipif("group_norm_silu" not in _native.OPERATORS, reason="the real pass keeps more without native code")
-def test_flops_and_activations_are_those_of_a_real_pass():
+def test_flops_and_activations_are_those_of_a_real_pass(monkeypatch):
+    monkeypatch.delenv("FASTAMBIENT_IMPL", raising=False)
     network = models.build(TINY).to(memory_format=torch.channels_last)
     found, images = count(TINY), 3
     saved = {}

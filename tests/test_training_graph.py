@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 import torch
 from conftest import make_run
+from torch.overrides import TorchFunctionMode
 
 from fastambient.training.config import TrainingSettings
 from fastambient.training.distributed import World
 from fastambient.training.graph import GraphedIteration, why_no_graph
 from fastambient.training.loop import Trainer
 from fastambient.training.run import RunFolder
+from fastambient_kernels import _native
 
 DYNAMIC = ("training.lr_rampup_kimg=0.03", "training.ema_halflife_kimg=0.05", "training.ema_rampup_ratio=0.5")
 
@@ -75,6 +77,37 @@ def test_a_replay_reads_static_memory_alone(tmp_path):
     assert seen[0] == seen[1]
     assert step.positions.tolist() == list(range(8, 16))
     assert torch.equal(step.index, step.loader.index(step.positions))
+
+
+class NoHost(TorchFunctionMode):
+    """What a CUDA graph cannot hold: tensors made from the host's numbers, and reading back."""
+
+    FORBIDDEN = {
+        torch.tensor, torch.as_tensor, torch.from_numpy, torch.unique, torch.nonzero, torch.Tensor.new_tensor,
+        *(getattr(torch.Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")),
+    }  # fmt: skip
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in self.FORBIDDEN, f"{getattr(func, '__name__', func)} in a step that may be captured"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("dropout" not in _native.OPERATORS, reason="the reference operators read seeds back")
+@pytest.mark.parametrize("assignments", [
+    ("noise.sigma_tn=0.2", "training.batch_gpu=2", "data.xflip=true", "training.augment=0.3"),
+    ("noise.sigma_tn=0.2", "model.dropout=0.3", "data.use_labels=true", "model.label_dropout=0.2", "noise.mode=fresh"),
+    ("noise.sigma_tn=0.2", "data.noisy=float16", "model.model_type=DhariwalUNet", "model.model_channels=64", "training.checkpoint_levels=1"),
+])  # fmt: skip
+def test_an_iteration_makes_nothing_from_the_host_and_reads_nothing_back(tmp_path, monkeypatch, assignments):
+    monkeypatch.delenv("FASTAMBIENT_IMPL", raising=False)
+    trainer = trainer_of(tmp_path / "run", *assignments)
+    trainer.step(0)  # makes what a capture cannot
+    # The optimizer has its own way on a GPU, a pinned table: test_kernels_adam_ema_use.py.
+    monkeypatch.setattr(trainer.optimizer, "step", lambda **_: None)
+    with NoHost():
+        trainer.step.iteration()
+    with NoHost(), pytest.raises(AssertionError, match="new_tensor"):
+        trainer.step.lr.new_tensor(1.0)
 
 
 def test_a_capture_that_fails_half_way_changes_nothing(tmp_path, capsys):

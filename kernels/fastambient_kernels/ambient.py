@@ -58,7 +58,9 @@ class AmbientNoise(NamedTuple):
 
 def is_ambient(sigma: Tensor, sigma_tn: float) -> Tensor:
     """The regime of each level: 0 < sigma_tn <= sigma. An infinite sigma_tn is plain EDM, as 0 is."""
-    level = sigma.new_tensor(sigma_tn)  # in sigma's precision, so that the comparison agrees with s - tau >= 0
+    # In sigma's precision, so that the comparison agrees with s - tau >= 0; filled on the device, because a copy from
+    # the host cannot be captured in a CUDA graph.
+    level = torch.full_like(sigma, sigma_tn)
     return (sigma >= level) & (level > 0)
 
 
