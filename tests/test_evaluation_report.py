@@ -194,6 +194,16 @@ def test_the_histogram_tells_copies_from_the_control(page):
     assert len(ids) == len(set(ids))
 
 
+def test_each_run_has_the_histogram_of_its_own_ratios(tmp_path, monkeypatch):
+    runs, drawn = [_run("a", 0.0, 30), _run("b", 0.2, 0)], []
+    monkeypatch.setattr(report, "_histogram", lambda *given: drawn.append(given) or "")
+    report.write_report(tmp_path / "report.html", runs, title="x")
+    for run, (train, control, threshold, highest, _) in zip(runs, drawn, strict=True):
+        assert np.array_equal(train, report._shares(run.ratios))
+        assert np.array_equal(control, report._shares(run.control_ratios))
+        assert threshold == 1 / 3 and highest == max(x.max() for given in drawn for x in given[:2])
+
+
 def test_medians_are_of_equally_many_images(tmp_path):
     """Of 80 held-out images against 200 training images the nearest lies farther, copied or not."""
     train, holdout, samples = _noise_set(200, 1), _noise_set(80, 2), _noise_set(100, 3)

@@ -108,6 +108,24 @@ def test_an_average_moves_towards_a_parameter_without_gradient(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_whose_layout_changes_from_step_to_step(impl):
+    """What was worked out for one step's gradients must not serve the next one's."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 4, 3, 3, generator=generator)
+    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+    optimizer, oracle_ = AdamEMA([ours], impl=impl), torch.optim.Adam([theirs])
+    for kind in ("same", "channels-last", "same", "expanded"):
+        grad = torch.randn(6, 4, 3, 3, generator=generator)
+        if kind == "expanded":
+            grad = grad[..., :1].expand(6, 4, 3, 3)
+        theirs.grad = grad.contiguous()
+        ours.grad = grad.contiguous(memory_format=torch.channels_last) if kind == "channels-last" else grad
+        optimizer.step()
+        oracle_.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda m, kind=kind: f"{kind}: {m}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_group_that_comes_later(impl):
     p, q = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(5))
     optimizer = AdamEMA([p], impl=impl, emas=2)

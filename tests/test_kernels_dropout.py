@@ -92,8 +92,9 @@ def test_native_words_are_the_references(nan_filled, count, first):
 def test_backward_is_the_same_mask(impl):
     x = last(3, 6, 4, 4).requires_grad_()
     dy = last(3, 6, 4, 4) + 3
-    (dropout(x, POSITIONS, p=0.3, seed=SEED, impl=impl) * dy).sum().backward()
-    assert torch.equal(x.grad, dropout(dy, POSITIONS, p=0.3, seed=SEED, impl=impl))
+    keywords = {"p": 0.3, "seed": SEED, "layer": 3, "impl": impl}
+    (dropout(x, POSITIONS, **keywords) * dy).sum().backward()
+    assert torch.equal(x.grad, dropout(dy, POSITIONS, **keywords))
 
 
 def test_gradcheck():

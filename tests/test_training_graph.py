@@ -58,6 +58,7 @@ def test_replays_are_steps_bit_for_bit(tmp_path, assignments):
         asked = {"stop": nimg == 24, "line": nimg == 40}
         results += [plain.step(nimg, **asked), graphed.step(nimg, **asked)]
         assert results[-1] == results[-2]
+        assert plain.step.positions.tolist() == list(range(nimg, nimg + 8)), "not the batch that was prepared"
         assert results[-1].stop == asked["stop"] and results[-1].line == asked["line"]
     assert captures == [torch.device("cpu")]
     assert len({r.loss for r in results}) == 8 and len({r.lr for r in results}) > 4

@@ -386,11 +386,13 @@ def test_time_that_pictures_take_is_in_the_runs_time_and_in_the_time_left(tmp_pa
 
     monkeypatch.setattr(loop, "Monitor", Spy)
     monkeypatch.setattr(loop.Trainer, "sample_grid", lambda self: time.sleep(0.5))
-    path = make_run(tmp_path / "run", "training.sample_kimg=0.04", "training.checkpoint_kimg=0.08")
+    monkeypatch.setattr("fastambient.training.monitor._LINE_EVERY_SECONDS", 1e9)  # a line with each checkpoint alone
+    path = make_run(tmp_path / "run", "training.sample_kimg=0.04", "training.checkpoint_kimg=0.04")
     train_here(path)
     _, state = checkpoint.load_latest(path / "checkpoints")
     assert state["seconds"] > 3 * 0.5  # the last checkpoint is written before the last preview's pause is counted
-    assert len(lefts) == 2 and lefts[0] > 0.5 and lefts[1] == 0  # at half of the run: a preview lies behind
+    # A line comes before its preview: at 0.12 kimg two of them lie behind, and a third of that time is left.
+    assert len(lefts) == 4 and lefts[2] > 2 * 0.5 / 3 and lefts[3] == 0
 
 
 def test_the_collector_rests_while_training_and_is_put_back(tmp_path, monkeypatch):
