@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastambient.allocator import keep_freed_memory
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.diffusion.guidance import ClassDenoiser, GuidedDenoiser
 from fastambient.diffusion.samplers import dpmpp_2m, heun
@@ -92,6 +93,8 @@ def sample(
         shape = (config["img_channels"], config["img_resolution"], config["img_resolution"])
     weight = guidance_weight(denoiser, guidance, guide, guidance_interval)
     like = next(denoiser.parameters())
+    if like.device.type == "cpu":
+        keep_freed_memory()
     if precision is None:
         precision = told.get("precision", "fp32") if like.is_cuda else "fp32"
     if precision not in ("fp32", "bf16"):

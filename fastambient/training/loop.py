@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastambient import models
+from fastambient.allocator import keep_freed_memory
 from fastambient.console import duration, program, say, warn
 from fastambient.data.resident import ResidentLoader
 from fastambient.data.store import Store
@@ -119,6 +120,8 @@ class Trainer:
 
     def __init__(self, run: RunFolder, world: World) -> None:
         self.run, self.world = run, world
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.settings = settings = run.read_settings()
         self.store = store = run.open_store(verify=world.first)
         t = settings.training
