@@ -6,10 +6,12 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from fastambient.data.decode import BadEntry
+from fastambient.data.items import file_stamp
 from fastambient.errors import InputError
 
 MAX_ENTRY_BYTES = 512 << 20
@@ -28,6 +30,8 @@ class Files(Protocol):
     def where(self, name: str) -> str: ...
 
     def open(self, name: str) -> BinaryIO: ...
+
+    def stamps(self, names: list[str]) -> Iterable[tuple[str, int, int]]: ...  # of the files that hold them
 
 
 class Folder:
@@ -48,18 +52,29 @@ class Folder:
             raise BadEntry("is no regular file, but a pipe, a socket or a device")
         return open(file, "rb")
 
+    def stamps(self, names: list[str]) -> Iterable[tuple[str, int, int]]:
+        return (file_stamp(self.path / name, name) for name in names)
+
 
 class Zip:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.zip = open_zip(path)
-        self.names = sorted({info.filename for info in self.zip.infolist() if not info.is_dir()})
+        self._zip: zipfile.ZipFile | None = open_zip(path)
+        self.names = sorted({info.filename for info in self._zip.infolist() if not info.is_dir()})
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_zip": None}  # another process opens the file by itself
 
     def where(self, name: str) -> str:
         return f"{self.path}: {name}"
 
     def open(self, name: str) -> BinaryIO:
-        return open_entry(self.zip, name)
+        if self._zip is None:
+            self._zip = open_zip(self.path)
+        return open_entry(self._zip, name)
+
+    def stamps(self, names: list[str]) -> Iterable[tuple[str, int, int]]:
+        return [file_stamp(self.path, self.path.name)]
 
 
 def is_unsafe_name(name: str) -> bool:

@@ -14,6 +14,8 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from fastambient.errors import InputError
+
 MAX_PIXELS = 64_000_000
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -33,7 +35,7 @@ def use_image(open_file: Callable[[], BinaryIO], use: Callable[[Image.Image], _T
                 if image.width * image.height > MAX_PIXELS:
                     raise BadEntry(f"is {image.width} x {image.height}, above the limit of {MAX_PIXELS:,} pixels")
                 return use(image)
-    except BadEntry:
+    except (BadEntry, InputError):
         raise
     except Image.DecompressionBombError as error:
         raise BadEntry(f"is above the limit of {MAX_PIXELS:,} pixels") from error

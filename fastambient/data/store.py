@@ -202,11 +202,11 @@ def _decode(source: Source, scratch: Path) -> tuple[np.ndarray, np.ndarray, np.n
     image and its mirror image, where both are there, are one picture."""
     ids, mirrored, labels = [], [], []
     with open(scratch, "wb") as file, progress(f"reading {source.name}", source.length) as advance:
-        for _, image, label in source.read():
-            file.write(image.tobytes())
-            ids.append(image_id(image))
-            mirrored.append(image_id(image[..., ::-1]))
-            labels.append(label)
+        for item in source.read():
+            file.write(item.image.tobytes())
+            ids.append(image_id(item.image))
+            mirrored.append(image_id(item.image[..., ::-1]))
+            labels.append(item.label)
             advance(1)
     if source.skipped:
         warn(f"{len(source.skipped):,} of {len(source.skipped) + len(ids):,} images were skipped")
