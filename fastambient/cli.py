@@ -37,6 +37,10 @@ class OnBadImage(str, Enum):
     error, skip = "error", "skip"
 
 
+class Dedup(str, Enum):
+    off, keep, drop = "off", "keep", "drop"
+
+
 class Precision(str, Enum):
     fp32, bf16 = "fp32", "bf16"
 
@@ -80,8 +84,8 @@ Force = Annotated[bool, option("replace what is there", "--force")]
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help=SOURCE_HELP, metavar="SOURCE")],
-    out: Annotated[Path, option("folder of the new store", metavar="STORE")],
+    source: Annotated[str | None, typer.Argument(help=SOURCE_HELP, metavar="SOURCE")] = None,
+    out: Annotated[Path | None, option("folder of the new store", metavar="STORE")] = None,
     resolution: Annotated[
         int | None, option("centre-crop and resize to RxR pixels", metavar="R", default="as they are")
     ] = None,
@@ -116,28 +120,59 @@ def prepare(
     on_bad_image: Annotated[
         OnBadImage, option("what to do with an image that cannot be read", "--on-bad-image")
     ] = OnBadImage.error,
+    dedup: Annotated[
+        Dedup | None,
+        option(
+            "near-duplicates by perceptual hash: keep them on one side of the split, or drop all but one",
+            default="keep from 32 pixels on, off below",
+        ),
+    ] = None,
+    hand_out: Annotated[
+        bool, option("noised images alone, for others to train on: no clean image, no seed, no captions", "--hand-out")
+    ] = False,
+    captions: Annotated[
+        bool | None,
+        option("store the text beside the images", "--captions/--no-captions", default="yes; in a hand-out no"),
+    ] = None,
+    workers: Annotated[int | None, option("processes that decode", metavar="N", default="all cores")] = None,
+    check: Annotated[Path | None, option("verify every checksum of a store instead", metavar="STORE")] = None,
     force: Force = False,
 ) -> None:
-    """Prepare a data set: decode, resize, split, and noise it once."""
+    """Prepare a data set: decode, resize, split, and noise it once.
+
+    What was cut off goes on when the same command is run again.
+    """
+    from fastambient.data.preparation import prepare as prepare_store
     from fastambient.data.sources import open_source
-    from fastambient.data.store import prepare as prepare_store
+    from fastambient.data.store import Store
     from fastambient.diffusion.ambient import default_sigma_tn
     from fastambient.files import refuse_existing
     from fastambient.training.config import check_sigma_tn
 
+    if check is not None:
+        if source is not None or out is not None:
+            raise InputError("--check verifies a store: it takes no SOURCE and no --out")
+        store = Store.open(check)
+        print(f"{check}: {store.summary()}; {len(store.manifest['files'])} files as the manifest says")
+        return
+    if source is None or out is None:
+        raise InputError("prepare needs a SOURCE and --out STORE; see fastambient prepare --help")
     refuse_existing(out, force=force)
     if sigma_tn is not None:
         check_sigma_tn(sigma_tn)
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers must be 1 or more, got {workers}")
     opened = open_source(source, resolution=resolution, on_bad_image=on_bad_image.value)
+    if hand_out and noisy is Noisy.none:
+        noisy = Noisy.float16
     if sigma_tn is None and noisy is not Noisy.none:
         sigma_tn = default_sigma_tn(opened.resolution)
     store = prepare_store(
         opened, out, sigma_tn=sigma_tn, noise_seed=noise_seed, train=train, holdout=holdout, split_seed=split_seed,
-        noisy=noisy.value, force=force,
+        noisy=noisy.value, dedup=dedup and dedup.value, hand_out=hand_out, captions=captions, force=force,
+        workers=workers or os.cpu_count() or 1,
     )  # fmt: skip
-    size = f"{store.channels}x{store.resolution}x{store.resolution}"
-    print(f"{out}: {len(store.train):,} training and {len(store.holdout):,} held-out images of {size},"
-          f" sigma_data {store.sigma_data:.4g}")  # fmt: skip
+    print(f"{out}: {store.summary()}")
 
 
 @app.command()

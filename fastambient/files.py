@@ -8,10 +8,12 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fastambient.errors import InputError
 
@@ -83,28 +85,78 @@ def new_folder(path: Path, *, force: bool = False, marker: str | None = None) ->
     """
     refuse_existing(path, force=force, marker=marker)
     path = path.resolve() if path.is_symlink() else path  # renaming onto a link would replace the link
+    with _parents(path):
+        temporary = _temporary_name(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _publish(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(path: Path, *, force: bool = False, keep: Callable[[Path], bool]) -> Iterator[tuple[Path, Path]]:
+    """Yield (work, new): a folder beside `path` that is found again by the next call, whatever ended this one, and the
+    name in it that becomes `path` when the block ends without an error.
+
+    Parameters
+    ----------
+    force : as in `refuse_existing`
+    keep : whether the work folder is worth keeping after an error; a killed process leaves it in any case
+
+    Raises
+    ------
+    InputError : `path` exists and must not be replaced, or another process works on it
+    """
+    refuse_existing(path, force=force)
+    path = path.resolve() if path.is_symlink() else path
+    work = path.with_name(f".{path.name}.preparing")
+    with _parents(path):
+        work.mkdir(exist_ok=True)
+        lock = FileLock(str(work / "lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"another process is preparing {path}; wait for it, or choose another name") from None
+        done = False
+        try:
+            yield work, work / "new"
+            refuse_existing(path, force=force)  # made by somebody else meanwhile
+            _publish(work / "new", path)
+            done = True
+        finally:
+            if done or not keep(work):
+                shutil.rmtree(work, ignore_errors=True)
+            lock.release()
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Makes the parents of `path`; those that are empty at the end go again."""
     missing = [p for p in path.absolute().parents if not p.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
-    temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if path.exists():
-            old = _temporary_name(path)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-        _sync(path.parent)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         for parent in missing:
             with suppress(OSError):  # not empty: the folder is there
                 parent.rmdir()
+
+
+def _publish(new: Path, path: Path) -> None:
+    """Rename a complete folder to `path`, in place of what is there."""
+    for file in new.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    if path.exists():
+        old = _temporary_name(path)
+        os.replace(path, old)
+        os.replace(new, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(new, path)
+    _sync(path.parent)
 
 
 def check_parent(path: Path) -> None:

@@ -15,7 +15,7 @@ from fastambient.errors import FastambientError
 from fastambient.evaluation.report import write_report
 from fastambient.evaluation.run import evaluate_run, print_table
 from fastambient.files import refuse_existing
-from fastambient.training.distributed import die_with_parent
+from fastambient.processes import die_with_parent
 
 MODELS = (("edm", 0.0), ("ambient", 0.2))
 

@@ -315,13 +315,13 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old_store(tmp_path, source, mo
     prepare(source, tmp_path / "store", train=10)
     written = []
 
-    def full(path, array):
+    def full(path, *arguments):
         written.append(path)
         if len(written) > 3:
             raise OSError(28, "No space left on device")
-        write_npy(path, array)
+        return write_npy(path, *arguments)
 
-    monkeypatch.setattr("fastambient.data.store.write_npy", full)
+    monkeypatch.setattr("fastambient.data.preparation.write_npy", full)
     for out, force in (("new", False), ("store", True)):
         written.clear()
         with pytest.raises(FastambientError, match="No space left on device") as caught:
@@ -427,7 +427,7 @@ def test_sharded_array_indexing(tmp_path):
     paths = []
     for i, part in enumerate(np.split(whole, [7, 7, 13])):
         paths.append(tmp_path / f"x-{i}.npy")
-        write_npy(paths[-1], part)
+        write_npy(paths[-1], part.shape, part.dtype, [part])
     array = ShardedArray(paths, (20, 2), np.dtype(np.int64))
     assert len(array) == 20 and array.nbytes == 320
     for rows in (

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import itertools
 import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +16,35 @@ import numpy as np
 from fastambient.errors import InputError
 
 
-def write_npy(path: Path, array: np.ndarray) -> None:
-    """As `np.save`, but a full disk is an OSError that says so."""
-    array = np.ascontiguousarray(array)
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: what a manifest says of it."""
+
+    bytes: int
+    sha256: str
+
+
+def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype | type, pieces: Iterable[np.ndarray]) -> Written:
+    """An array of `shape` from `pieces` along its first axis: never more than a piece in memory, the checksum on the
+    way. A full disk is an OSError that says so. The file has its name when it is whole."""
+    dtype = np.dtype(dtype)
+    header = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    digest, size, rows = hashlib.sha256(), 0, 0
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "wb") as file:
+        for data in itertools.chain([header.getvalue()], (np.ascontiguousarray(p, dtype) for p in pieces)):
+            if isinstance(data, np.ndarray):
+                rows += len(data)
+                data = data.reshape(-1).view(np.uint8).data if data.size else b""
+            file.write(data)
+            digest.update(data)
+            size += len(data)
+    if rows != shape[0]:
+        raise ValueError(f"{path}: {rows} rows written, {shape[0]} announced")
+    os.replace(temporary, path)
+    return Written(size, digest.hexdigest())
 
 
 class ShardedArray:

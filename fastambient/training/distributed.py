@@ -7,11 +7,8 @@ collectives would pickle.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -100,13 +97,6 @@ def join_world(device_type: str) -> World:
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def die_with_parent() -> None:
-    """Let the kernel end this process when its parent ends, however that happens (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
 
 
 def launch(worker: Callable[..., int], arguments: tuple[Any, ...], *, ranks: int) -> int:

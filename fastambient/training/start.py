@@ -17,15 +17,16 @@ import yaml
 from fastambient import models
 from fastambient.console import say, warn
 from fastambient.data.sources import Source, open_source
-from fastambient.data.store import Store, is_store, prepare
+from fastambient.data.preparation import prepare
+from fastambient.data.store import Store, is_store
 from fastambient.diffusion.ambient import share_message
 from fastambient.errors import FastambientError, InputError, check_seed
 from fastambient.files import new_folder, refuse_existing
+from fastambient.processes import die_with_parent
 from fastambient.training import checkpoint
 from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
 from fastambient.training.distributed import (
     World,
-    die_with_parent,
     inside_launcher,
     join_world,
     launch,

@@ -1,0 +1,60 @@
+"""Sidecar text of a store: `text.jsonl`, a JSON object of kind -> text an image, and where each line begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from fastambient.data.shards import Written
+from fastambient.errors import InputError
+
+
+def write_texts(path: Path, texts: Iterable[dict[str, str]]) -> Written:
+    """One line an image, as it comes."""
+    digest, size = hashlib.sha256(), 0
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "wb") as file:
+        for text in texts:
+            line = json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+            file.write(line)
+            digest.update(line)
+            size += len(line)
+    os.replace(temporary, path)
+    return Written(size, digest.hexdigest())
+
+
+def line_offsets(path: Path) -> np.ndarray:
+    """int64 [N + 1]: where each line begins, and the size of the file."""
+    ends, place = [np.zeros(1, np.int64)], 0
+    with open(path, "rb") as file:
+        while block := file.read(16 << 20):
+            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + place + 1)
+            place += len(block)
+    return np.concatenate(ends).astype(np.int64)
+
+
+class Texts:
+    """Sidecar text of one side of a store, read when it is asked for: ``texts[row]`` is {kind: text}."""
+
+    def __init__(self, path: Path, offsets: np.ndarray) -> None:
+        self.path, self._offsets = path, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: int) -> dict[str, str]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"rows must lie in 0..{len(self) - 1}, got {row}")
+        start, end = (int(place) for place in self._offsets[row : row + 2])
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            line = file.read(end - start)
+        try:
+            return dict(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.path}: line {row + 1} is damaged ({error}); prepare the store again") from error

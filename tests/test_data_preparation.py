@@ -1,0 +1,299 @@
+"""Preparing a store: on several cores, after a kill, twice at once, in bounded memory, with text; and hand-outs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastambient.data import Store, image_id, image_ids, open_source, prepare
+from fastambient.data import decoding as decoding_module
+from fastambient.data.handout import system_normal
+from fastambient.errors import FastambientError, InputError
+from fastambient.files import sha256_file
+
+RNG = np.random.default_rng(3)
+IMAGES = RNG.integers(0, 256, (120, 3, 8, 8), dtype=np.uint8)
+
+
+def content(store: Path) -> dict[str, str]:
+    return {p.relative_to(store).as_posix(): sha256_file(p) for p in store.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(decoding_module, "_CHUNK_ROWS", (16, 16))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """120 pictures in two classes, every third with a caption."""
+    path = tmp_path / "photos"
+    for i, image in enumerate(IMAGES):
+        file = path / "ab"[i % 2] / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(file)
+        if i % 3 == 0:
+            file.with_suffix(".txt").write_text(f"picture {i}: ünïcode\n", encoding="utf-8")
+    return path
+
+
+KILLED = """
+import os, signal, sys
+from fastambient.data import decoding, open_source, prepare, shards
+import fastambient.data.preparation as preparation
+
+decoding._CHUNK_ROWS = (16, 16)
+module, name, calls = {where!r}.split(":")
+module, seen = {{"decoding": decoding, "preparation": preparation}}[module], []
+original = getattr(module, name)
+
+def counted(*arguments, **keywords):
+    seen.append(1)
+    if len(seen) > int(calls):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **keywords)
+
+setattr(module, name, counted)
+prepare(open_source({source!r}), {out!r}, sigma_tn=0.3, noisy="float16", shard_bytes=16 * 192, split_seed=4)
+"""
+
+
+@pytest.mark.parametrize("where", ["decoding:write_bytes:3", "preparation:write_npy:5", "preparation:write_npy:9"])
+def test_goes_on_after_a_kill(tmp_path, folder, where, small_chunks, monkeypatch):
+    """Killed in the middle of decoding, of images and of noised images: what is whole is not made again, and the store
+    is the one that an undisturbed call makes, with one noise seed throughout."""
+    out = tmp_path / "store"
+    program = KILLED.format(where=where, source=str(folder), out=str(out))
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    work = tmp_path / ".store.preparing"
+    assert work.is_dir() and not out.exists()
+    seed = (work / "noise_seed").read_text()
+    chunks = {p.name: p.stat().st_mtime_ns for p in work.glob("chunk-*.npy") if p.with_suffix(".npz").exists()}
+    assert chunks
+
+    read = []
+    original = type(open_source(folder)).read
+    monkeypatch.setattr(type(open_source(folder)), "read", lambda self, *a: read.append(a) or original(self, *a))
+    options = {"sigma_tn": 0.3, "noisy": "float16", "shard_bytes": 16 * 192, "split_seed": 4}
+    store = prepare(open_source(folder), out, **options)
+    assert len(read) == 8 - len(chunks)  # chunks of 16
+    assert not work.exists() and (out / "noise_seed").read_text() == seed
+    undisturbed = prepare(open_source(folder), tmp_path / "other", noise_seed=store.noise_seed, **options)
+    assert content(store.path) == content(undisturbed.path)
+
+
+def test_another_request_after_a_kill_is_another_store(tmp_path, folder, small_chunks):
+    out = tmp_path / "store"
+    program = KILLED.format(where="preparation:write_npy:9", source=str(folder), out=str(out))
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True)
+    options = {"sigma_tn": 0.5, "noisy": "float32", "split_seed": 5, "noise_seed": 9}
+    store = prepare(open_source(folder), out, **options)
+    assert content(out) == content(prepare(open_source(folder), tmp_path / "other", **options).path)
+    assert store.noise_seed == 9
+
+
+def test_a_changed_picture_is_decoded_again_after_a_kill(tmp_path, folder, small_chunks):
+    out = tmp_path / "store"
+    program = KILLED.format(where="decoding:write_bytes:7", source=str(folder), out=str(out))
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True)
+    Image.fromarray(IMAGES[0].transpose(1, 2, 0) ^ 255).save(folder / "a" / "000.png")
+    store = prepare(open_source(folder), out, holdout=0)
+    assert image_id(IMAGES[0] ^ 255) in store.train.ids and image_id(IMAGES[0]) not in store.train.ids
+    # And a scratch file that rotted is not believed.
+    os.rename(out, tmp_path / "first")
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True)
+    chunk = tmp_path / ".store.preparing" / "chunk-000000000000.npy"
+    data = bytearray(chunk.read_bytes())
+    data[-1] ^= 1
+    chunk.write_bytes(data)
+    assert np.array_equal(prepare(open_source(folder), out, holdout=0).train.ids, store.train.ids)
+
+
+def test_workers_make_the_same_store(tmp_path, folder, small_chunks, monkeypatch):
+    monkeypatch.setattr(decoding_module, "_ALONE", 10)
+    serial = prepare(open_source(folder), tmp_path / "serial", noise_seed=1, sigma_tn=0.1, noisy="float16")
+    parallel = prepare(open_source(folder), tmp_path / "parallel", noise_seed=1, sigma_tn=0.1, noisy="float16", workers=2)
+    assert content(serial.path) == content(parallel.path)
+
+
+def test_a_bad_picture_in_a_worker_is_named(tmp_path, folder, small_chunks, monkeypatch, capsys):
+    monkeypatch.setattr(decoding_module, "_ALONE", 10)
+    bad = folder / "b" / "031.png"
+    bad.write_bytes(bad.read_bytes()[:90])
+    with pytest.raises(InputError, match=r"031\.png"):
+        prepare(open_source(folder), tmp_path / "store", workers=2)
+    assert not (tmp_path / "store").exists()
+    store = prepare(open_source(folder, on_bad_image="skip"), tmp_path / "store", workers=2, holdout=20)
+    assert store.manifest["counts"] == {"images": 119, "skipped": 1} and "1 of 120 images were skipped" in capsys.readouterr().err
+
+
+def test_two_at_once(tmp_path, folder):
+    program = f"""
+import time, fastambient.data.preparation as preparation
+from fastambient.data import open_source, prepare
+original = preparation.decode
+def slow(*arguments, **keywords):
+    print("there", flush=True)
+    time.sleep(60)
+preparation.decode = slow
+prepare(open_source({str(folder)!r}), {str(tmp_path / "store")!r})
+"""
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "there\n"
+        with pytest.raises(InputError, match=r"another process is preparing .*store"):
+            prepare(open_source(folder), tmp_path / "store")
+    finally:
+        other.kill()
+        other.wait()
+    assert len(prepare(open_source(folder), tmp_path / "store").train) == 108  # the lock went with its process
+
+
+def test_a_full_disk_keeps_what_is_decoded_and_says_so(tmp_path, folder, small_chunks, monkeypatch):
+    import fastambient.data.preparation as preparation
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "write_npy", full)
+        with pytest.raises(FastambientError, match="No space left on device; run the same command again to go on"):
+            prepare(open_source(folder), tmp_path / "store")
+    assert len(list((tmp_path / ".store.preparing").glob("chunk-*.npz"))) == 8
+    prepare(open_source(folder), tmp_path / "store")
+    assert not (tmp_path / ".store.preparing").exists()
+
+
+def test_text_travels_with_its_picture(tmp_path, folder):
+    store = prepare(open_source(folder), tmp_path / "store", holdout=20)
+    by_id = {image_id(image): i for i, image in enumerate(IMAGES)}
+    for side in (store.train, store.holdout):
+        assert len(side.texts) == len(side)
+        for row, id_ in enumerate(side.ids):
+            i = by_id[id_]
+            assert side.texts[row] == ({"txt": f"picture {i}: ünïcode\n"} if i % 3 == 0 else {})
+    with pytest.raises(IndexError):
+        store.train.texts[len(store.train)]
+    without = prepare(open_source(folder), tmp_path / "without", captions=False)
+    assert without.train.texts is None and not list(without.path.rglob("text*"))
+    data = (store.path / "train/text.jsonl").read_bytes()
+    (store.path / "train/text.jsonl").write_bytes(data.replace(b"{", b"[", 1))
+    with pytest.raises(InputError, match=r"text\.jsonl: line 1 is damaged"):
+        Store.open(store.path, verify=False).train.texts[0]
+
+
+def test_a_shard_that_the_manifest_does_not_know(tmp_path, folder):
+    store = prepare(open_source(folder), tmp_path / "store")
+    np.save(store.path / "train" / "images-00001.npy", IMAGES[:3])
+    with pytest.raises(InputError, match=r"images-00001\.npy is not in the store's manifest: it was added later"):
+        Store.open(store.path, verify=False)
+
+
+def test_check(tmp_path, folder):
+    store = prepare(open_source(folder), tmp_path / "store")
+
+    def check(*more):
+        command = [sys.executable, "-m", "fastambient", "prepare", "--check", str(store.path), *more]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = check()
+    assert done.returncode == 0 and "108 training and 12 held-out images" in done.stdout and "as the manifest says" in done.stdout
+    file = store.path / "train" / "images-00000.npy"
+    data = bytearray(file.read_bytes())
+    data[1000] ^= 1
+    file.write_bytes(data)
+    done = check()
+    assert done.returncode == 2 and "images-00000.npy has another checksum" in done.stderr and not done.stdout
+    assert check("--out", "x").returncode == 2
+
+
+def test_hand_out(tmp_path, folder):
+    """x_n of the asked level with noise that nobody can make again, and nothing else of a picture but its class."""
+    original = image_ids(IMAGES).tolist()
+    store = prepare(open_source(folder), tmp_path / "store", hand_out=True, sigma_tn=0.5, noisy="float32")
+    assert store.hand_out and store.train.images is None and store.train.texts is None and len(store.train) == 120
+    assert not {int(i) for i in store.train.ids} & set(original) and len(set(store.train.ids.tolist())) == 120
+    on_disk = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
+    sides = {f"{side}/{name}.npy" for side in ("train", "holdout") for name in ("ids", "labels")}
+    assert on_disk == {*sides, "train/noisy-00000.npy", "manifest.json"}
+    assert "photos" not in json.dumps(store.manifest) and "seed" not in json.dumps(store.manifest)
+
+    x_n = torch.from_numpy(store.train.noisy[:])
+    x0 = torch.from_numpy(IMAGES).float() / 127.5 - 1
+    nearest = torch.cdist(x_n.flatten(1).double(), x0.flatten(1).double()).argmin(1)
+    assert sorted(nearest.tolist()) == list(range(120)) and nearest.tolist() != list(range(120))  # all, in another order
+    eps = (x_n - x0[nearest]) / 0.5
+    assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.02
+    labels = torch.tensor([i % 2 for i in range(120)])[nearest]
+    assert torch.equal(torch.from_numpy(store.train.labels), labels)
+
+    again = prepare(open_source(folder), tmp_path / "again", hand_out=True, sigma_tn=0.5, noisy="float32", captions=True)
+    assert not set(again.train.ids.tolist()) & set(store.train.ids.tolist())
+    assert not np.allclose(np.sort(again.train.noisy[:].ravel()), np.sort(store.train.noisy[:].ravel()))
+    assert sum(bool(again.train.texts[row]) for row in range(120)) == 40
+
+
+def test_a_hand_out_holds_one_of_each_picture(tmp_path):
+    """Two noises on one picture are one of half the variance."""
+    np.save(tmp_path / "set.npy", np.concatenate([IMAGES[:10], IMAGES[:4], IMAGES[:3, :, :, ::-1]]))
+    store = prepare(open_source(tmp_path / "set.npy"), tmp_path / "store", hand_out=True, sigma_tn=0.5, noisy="float16")
+    assert len(store.train) == 10
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"noisy": "none"}, "pass --noisy float16"),
+        ({"sigma_tn": 0.0}, "--sigma-tn S > 0"),
+        ({"noise_seed": 5}, "drop --noise-seed"),
+        ({"holdout": 5}, "drop --holdout 5"),
+    ],
+)
+def test_what_a_hand_out_cannot_hold(tmp_path, folder, options, words):
+    with pytest.raises(InputError, match=words):
+        prepare(open_source(folder), tmp_path / "s", hand_out=True, **{"sigma_tn": 0.5, "noisy": "float16"} | options)
+
+
+def test_system_noise_is_normal():
+    z = system_normal((101, 999)).double()
+    assert z.shape == (101, 999)
+    assert abs(z.mean()) < 0.02 and abs(z.var() - 1) < 0.03 and abs((z**4).mean() - 3) < 0.15
+    assert abs((z[:, 1:] * z[:, :-1]).mean()) < 0.02 and abs((z[1:] * z[:-1]).mean()) < 0.02
+    assert not torch.equal(z, system_normal((101, 999)))
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+from fastambient.data import open_source, prepare
+
+def growth(n):
+    np.lib.format.open_memmap(sys.argv[1] + "/set.npy", "w+", np.uint8, (n, 3, 32, 32))[:] = 0
+    images = np.load(sys.argv[1] + "/set.npy", mmap_mode="r+")
+    rng = np.random.default_rng(0)
+    for i in range(0, n, 1000):
+        images[i : i + 1000] = rng.integers(0, 256, (min(1000, n - i), 3, 32, 32), dtype=np.uint8)
+    prepare(open_source(sys.argv[1] + "/set.npy"), sys.argv[1] + "/store", sigma_tn=0.75, noisy="float32", force=True, dedup="off")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+print(growth(2_000), growth(30_000))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    """30,000 pictures are 92 MB, and 369 MB of float32 noised copies: pages of files do not count as memory taken."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
+    small, large = (int(x) for x in done.stdout.split())
+    assert large < 1000 and large - small < 150
