@@ -45,7 +45,7 @@ def make_zip(path, files: dict[str, bytes], compression=zipfile.ZIP_STORED):
 
 
 def read_all(source):
-    items = list(source.read())
+    items = [(item.name, item.image, item.label) for item in source.read()]
     for _, image, _ in items:
         assert image.dtype == np.uint8 and image.shape == (source.channels, source.resolution, source.resolution)
     return items
@@ -88,7 +88,7 @@ def test_digits():
 
 def test_digits_resize():
     assert open_source("digits", resolution=4).resolution == 4
-    assert next(open_source("digits", resolution=4).read())[1].shape == (1, 4, 4)
+    assert next(open_source("digits", resolution=4).read()).image.shape == (1, 4, 4)
 
 
 def test_folder_is_recursive_sorted_and_lossless(tmp_path):
@@ -111,7 +111,7 @@ def test_folder_is_recursive_sorted_and_lossless(tmp_path):
     assert source.length == 4 and source.channels == 3 and source.num_classes == 0 and source.class_names is None
     for name, image, label in items[:3]:
         assert np.array_equal(image, np.asarray(images[name]).transpose(2, 0, 1)) and label == -1
-    assert [name for name, _, _ in source.read()] == [name for name, _, _ in items]  # can be read again
+    assert [item.name for item in source.read()] == [name for name, _, _ in items]  # can be read again
 
 
 def test_labels_from_sub_folders(tmp_path):
@@ -119,7 +119,7 @@ def test_labels_from_sub_folders(tmp_path):
     make_folder(tmp_path, {"dog/1.png": png, "cat/x/2.png": png, "cat/1.png": png})
     source = open_source(tmp_path)
     assert source.class_names == ["cat", "dog"] and source.num_classes == 2
-    assert [(name, label) for name, _, label in source.read()] == [
+    assert [(item.name, item.label) for item in source.read()] == [
         ("cat/1.png", 0),
         ("cat/x/2.png", 0),
         ("dog/1.png", 1),

@@ -1,7 +1,8 @@
-"""Sources of images: what a user points at, read as (name, uint8 [C, H, W], label).
+"""Sources of images: what a user points at, read as rows of (name, uint8 [C, H, W], label, text).
 
 A SOURCE is `digits` (scikit-learn's 1,797 real 8x8 pictures; write `./digits` for a folder of that name), a folder
-of images, a zip in EDM's data set layout, or an `.npy`/`.npz` of uint8 images. The rules, for all of them:
+of images, a zip in EDM's data set layout, an `.npy`/`.npz` of uint8 images, WebDataset tars, or a Hugging Face data set
+on this machine. The rules, for all of them:
 
 Files    PNG, JPEG, WebP, BMP by content, found by suffix; sub-folders too (links to folders are not followed);
          names that begin with a dot are ignored; sorted by path. Of an animation the first frame.
@@ -13,68 +14,48 @@ Size     With a resolution R: the largest centred square, resized to R x R with 
 Labels   From `dataset.json` where there is one, in EDM's form {"labels": [["00000/img00000000.png", 6], ...]} or
          null; every image needs one, and every label an image. Otherwise from the first-level sub-folders, if there
          are several and every image lies in one. In an `.npz`, the integer array `labels`.
+Text     `photo.txt`, `photo.caption` and `photo.json` (UTF-8, suffixes in lower case) beside `photo.jpg` travel with it.
 Arrays   uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] in C order, C 1 or 3 (channels last where both would fit); in an
          `.npz` the array `images`, or the only one. No pickle is ever loaded.
-Limits   64 megapixels a picture, by its header; 512 MiB a zip entry; 200-fold expansion of a zip entry above 16 MiB.
+Tars     A plain `.tar`, a folder of them, or a pattern such as `shards-{0000..0099}.tar` or `shards/*.tar`. Entries that
+         follow each other and share the path up to the file name's first dot are a sample: an image, its class number
+         as text in `.cls` (on all samples or none), and text as above. A sample without an image is left out.
+Tables   A `.parquet` file, a folder or pattern of them (also in the folder's `data/`; of several splits `train`), or a
+         folder made by `datasets.save_to_disk`. The images are the column that the Hugging Face metadata calls Image,
+         else the only one of structs {bytes, path} or of bytes; labels are the ClassLabel column, without metadata the
+         integers in `label`; columns of strings are text, each a kind of its own.
+Looking  Opening a folder or a zip reads every image's header. In tars and tables that would read everything, so at most
+         256 images spread over the set decide: grey if all of them are, else RGB, and, without a resolution, the size
+         of the first. When the rest is read, an image of another size ends it, and a coloured one in a grey set is a
+         broken one.
+Limits   64 megapixels a picture, by its header; 512 MiB an entry of a zip, tar or table; 200-fold expansion of one above
+         16 MiB; 1 MiB a text.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import glob
+import importlib
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from types import ModuleType
 
-import numpy as np
-from PIL import Image
-
-from fastambient.console import progress, warn
-from fastambient.data.archives import ZIP_ERRORS, Files, Folder, Zip, open_entry, open_zip
-from fastambient.data.decode import MAX_PIXELS, BadEntry, fit, is_grey, to_8_bits, to_array, use_image
+from fastambient.data.archives import Folder, Zip
+from fastambient.data.arrays import open_array, open_digits
+from fastambient.data.decode import MAX_PIXELS
+from fastambient.data.items import MAX_CLASSES, ON_BAD_IMAGE, Item, Source, is_hidden
+from fastambient.data.pictures import Pictures, is_image_name
+from fastambient.data.tars import Tars
 from fastambient.errors import InputError, data_option, did_you_mean
 
-MAX_CLASSES = 1 << 20  # labels become one-hot vectors
-ON_BAD_IMAGE = ("error", "skip")
+__all__ = ["MAX_CLASSES", "ON_BAD_IMAGE", "Item", "Source", "open_source"]
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt"}
-_EXPECTED = "a folder, a .zip, .npy or .npz file, or the word digits"
-_NAMED_SKIPS = 5  # of the skipped pictures this many are named on the console
-_T = TypeVar("_T")
-
-
-class Source:
-    """A set of pictures that can be read again and again, in the same order.
-
-    Attributes
-    ----------
-    name : the SOURCE's last path part, or `digits`
-    channels : 1 or 3
-    resolution : height and width in pixels
-    length : number of pictures; `read` yields fewer where it skips broken ones
-    num_classes : 0 without labels
-    class_names : one name a class, or None
-    default_train : how many pictures train when the user does not say; None means all but a tenth
-    skipped : name -> reason of every picture left out so far
-    """
-
-    def __init__(self, name: str, *, channels: int, resolution: int, length: int, num_classes: int = 0) -> None:
-        self.name, self.channels, self.resolution = name, channels, resolution
-        self.length, self.num_classes = length, num_classes
-        self.class_names: list[str] | None = None
-        self.default_train: int | None = None
-        self.skipped: dict[str, str] = {}
-
-    def read(self) -> Iterator[tuple[str, np.ndarray, int]]:
-        """Yield (name, uint8 [channels, resolution, resolution], label or -1).
-
-        Raises
-        ------
-        InputError : a picture cannot be read (unless the source was opened with ``on_bad_image="skip"``)
-        """
-        raise NotImplementedError
+_EXPECTED = "a folder, a .zip, .tar, .parquet, .npy or .npz file, or the word digits"
+_COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$", re.IGNORECASE)
 
 
 def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, on_bad_image: str = "error") -> Source:
@@ -82,7 +63,7 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
 
     Parameters
     ----------
-    spec : `digits`, or the path of a folder, `.zip`, `.npy` or `.npz`
+    spec : `digits`, a path, or a pattern of `.tar` or `.parquet` files
     resolution : pixels; None keeps the pictures' own size
     on_bad_image : "error", or "skip" to leave out pictures that cannot be read, counted and named
 
@@ -96,14 +77,18 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
         given = data_option("resolution", resolution)
         raise InputError(f"{given}: expected 1 to {int(MAX_PIXELS**0.5)} pixels")
     if str(spec) == "digits":
-        return _digits(resolution)
+        return open_digits(resolution)
     if not str(spec):  # as a path it would be the folder one is in
         raise InputError(f"the source is empty; expected {_EXPECTED}")
     path, suffix = Path(spec), Path(spec).suffix.lower()
     try:
         if path.is_dir():
-            return _Pictures(Folder(path), resolution, on_bad_image)
+            return _open_folder(path, resolution, on_bad_image)
         if not path.exists():
+            if re.search(r"[*?\[]|\{.*\}", str(spec)):
+                return _open_shards(Path(spec).name, _expand(str(spec)), resolution, on_bad_image)
+            if re.match(r"\w+://|pipe:", str(spec)):
+                raise InputError(f"{spec} is a URL; sources are read from files: download it first")
             hint = did_you_mean(str(spec), ["digits"])
             raise InputError(
                 f"the source {str(spec)!r} is no built-in data set and no such file or folder exists{hint}"
@@ -114,231 +99,87 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
             raise InputError(
                 f"{path} is a pickle, which can run any code and is never loaded; save an .npz of uint8 images"
             )
+        if _COMPRESSED_TAR.search(path.name):
+            raise InputError(f"{path} is a compressed tar, which can only be read from its start; {_unpack(path)}")
         if suffix == ".zip":
-            return _Pictures(Zip(path), resolution, on_bad_image)
+            return Pictures(Zip(path), resolution, on_bad_image)
         if suffix in (".npy", ".npz"):
-            return _open_array(path, resolution)
+            return open_array(path, resolution)
+        if suffix in (".tar", ".parquet"):
+            return _open_shards(path.name, [path], resolution, on_bad_image)
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
     raise InputError(f"{path} is no source: expected {_EXPECTED}")
 
 
-def _load_json(files: Files, name: str) -> object:
-    try:
-        with files.open(name) as stream:
-            return json.loads(stream.read())
-    except ZIP_ERRORS as error:
+def _unpack(path: Path) -> str:
+    tool = {"gz": "gunzip", "tgz": "gunzip", "xz": "unxz", "txz": "unxz", "zst": "unzstd"}
+    return f"unpack it to a plain .tar ({tool.get(path.name.rpartition('.')[2].lower(), 'bunzip2')} {path.name})"
+
+
+def _open_folder(path: Path, resolution: int | None, on_bad_image: str) -> Source:
+    """A folder is of one kind: image files, shards (in it or in its `data/`), or what `save_to_disk` wrote."""
+    files = Folder(path)
+    near = [name for name in files.names if "/" not in name.removeprefix("data/") and not is_hidden(name)]
+    kinds = {suffix: [name for name in near if name.endswith(suffix)] for suffix in (".tar", ".parquet")}
+    kinds["saved"] = [name for name in ("dataset_dict.json", "state.json") if name in near]
+    if kinds["saved"] == ["state.json"] and "dataset_info.json" not in near:
+        kinds["saved"] = []
+    kinds["image"] = list(itertools.islice(filter(is_image_name, files.names), 1))
+    found = [kind for kind, names in kinds.items() if names]
+    if len(found) > 1:
+        examples = ", ".join(kinds[kind][0] for kind in found)
         raise InputError(
-            f"{files.where(name)} is no valid JSON ({error}); expected EDM's form, or remove it"
+            f"{path} holds several kinds of images ({examples}); move all but one away, or name the files, as in "
+            f"'{path}/*.tar'"
+        )
+    if found == ["saved"]:
+        return _tables().open_saved(path, resolution, on_bad_image)
+    if found in ([".tar"], [".parquet"]):
+        return _open_shards(path.resolve().name, [path / name for name in kinds[found[0]]], resolution, on_bad_image)
+    if not found and (packed := next(filter(_COMPRESSED_TAR.search, near), None)):
+        raise InputError(f"{files.where(packed)} is a compressed tar; {_unpack(Path(packed))}")
+    return Pictures(files, resolution, on_bad_image)
+
+
+def _open_shards(name: str, paths: list[Path], resolution: int | None, on_bad_image: str) -> Source:
+    suffixes = {path.suffix.lower() for path in paths}
+    if suffixes == {".tar"}:
+        return Tars(name, paths, resolution, on_bad_image)
+    if suffixes == {".parquet"}:
+        return _tables().open_parquet(name, paths, resolution, on_bad_image)
+    raise InputError(f"{name} names {paths[0].name} and {len(paths) - 1:,} more files; expected .tar or .parquet alone")
+
+
+def _tables() -> ModuleType:
+    """The module for parquet and arrow, whose library is an extra."""
+    try:
+        return importlib.import_module("fastambient.data.tables")
+    except ImportError as error:
+        if not (error.name or "").startswith("pyarrow"):
+            raise
+        raise InputError(
+            'parquet files and Hugging Face data sets are read with pyarrow: pip install "fastambient[parquet]"'
         ) from error
 
 
-def _check_labels(labels: np.ndarray, where: str) -> int:
-    """The number of classes of integer labels [N]."""
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= MAX_CLASSES:
-        raise InputError(f"{where}: a class label must lie in 0..{MAX_CLASSES - 1}, got {low if low < 0 else high}")
-    return high + 1
+def _expand(pattern: str) -> list[Path]:
+    """The files of a pattern, in its order: {a,b} and {000..123} as in a shell, then * ? [ ], sorted."""
+    paths: dict[Path, None] = {}
+    for name in _braces(pattern):
+        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        if not found or not Path(found[0]).exists():
+            raise InputError(f"{name} of the pattern {pattern} does not exist; restore it, or name what is there")
+        paths |= dict.fromkeys(map(Path, found))
+    return list(paths)
 
 
-def _read_labels(files: Files, images: list[str]) -> tuple[dict[str, int] | None, list[str] | None]:
-    """(label of each image or None, class names or None)."""
-    if "dataset.json" not in files.names:
-        folders = {name.split("/")[0] for name in images if "/" in name}
-        if len(folders) < 2 or not all("/" in name for name in images):
-            return None, None
-        class_names = sorted(folders)
-        number = {folder: i for i, folder in enumerate(class_names)}
-        return {name: number[name.split("/")[0]] for name in images}, class_names
-
-    where, content = files.where("dataset.json"), _load_json(files, "dataset.json")
-    entries = content.get("labels") if isinstance(content, dict) else "no object"
-    if entries is None:
-        return None, None
-    labels: dict[str, int] = {}
-    for entry in entries if isinstance(entries, list) else [entries]:
-        match entry:
-            case [str(name), int(label)] if not isinstance(label, bool):
-                if labels.setdefault(name, label) != label:
-                    raise InputError(f"{where} gives {name} two labels, {labels[name]} and {label}")
-            case _:
-                expected = '{"labels": [["path", integer], ...]}'
-                raise InputError(f"{where}: expected {expected} or null, got {json.dumps(entry)[:80]}")
-    if missing := next((name for name in images if name not in labels), None):
-        raise InputError(f'{where} has no label for {missing}; add it, or set "labels" to null to train without labels')
-    if extra := labels.keys() - set(images):
-        raise InputError(
-            f"{where} has a label for {min(extra)}, which is not there; restore the image or remove the entry"
-        )
-    return labels, None
-
-
-def _check_size(size: tuple[int, int], first: tuple[int, int], where: str) -> None:
-    if size[0] != size[1] or size != first:
-        other = f" (the first is {first[0]} x {first[1]})" if size != first else ""
-        raise InputError(
-            f"{where} is {size[0]} x {size[1]} pixels, but images must be square and of one size{other}; "
-            f"pass {data_option('resolution', 'R')} to crop and resize all of them"
-        )
-
-
-class _Pictures(Source):
-    """Image files in a folder or a zip. Opening reads every header; pixels are decoded by `read` alone."""
-
-    def __init__(self, files: Files, resolution: int | None, on_bad_image: str) -> None:
-        super().__init__(files.path.resolve().name, channels=1, resolution=0, length=0)
-        self._files, self._skip_bad = files, on_bad_image == "skip"
-        visible = (name for name in files.names if not any(part[:1] == "." for part in name.split("/")))
-        found = [name for name in visible if Path(name).suffix.lower() in _SUFFIXES]
-        if not found:
-            raise InputError(f"no image in {files.path}: expected PNG, JPEG, WebP or BMP files, also in sub-folders")
-        self._labels, self.class_names = _read_labels(files, found)
-        if self._labels is not None:
-            self.num_classes = _check_labels(np.array(list(self._labels.values())), files.where("dataset.json"))
-
-        size: tuple[int, int] | None = None
-        self._names: list[str] = []
-        with progress(f"looking through {self.name}", len(found)) as advance:
-            for name in found:
-                header = self._use(name, lambda image: (image.size, is_grey(image)), whole=False)
-                advance(1)
-                if header is None:
-                    continue
-                size = size or header[0]
-                if resolution is None:
-                    _check_size(header[0], size, files.where(name))
-                self.channels = self.channels if header[1] else 3
-                self._names.append(name)
-        if size is None:
-            raise InputError(
-                f"none of the {len(found):,} images in {files.path} can be read; the first: {self.skipped[found[0]]}"
-            )
-        self.length, self.resolution = len(self._names), resolution or size[0]
-
-    def _use(self, name: str, use: Callable[[Image.Image], _T], *, whole: bool) -> _T | None:
-        """None for a picture that is skipped."""
-        try:
-            return use_image(lambda: self._files.open(name), use, whole=whole)
-        except BadEntry as error:
-            where = self._files.where(name)
-            if not self._skip_bad:
-                remedy = f"repair or remove it, or pass {data_option('on_bad_image', 'skip')}"
-                raise InputError(f"{where} {error}; {remedy}") from error
-            if name not in self.skipped and len(self.skipped) < _NAMED_SKIPS:
-                warn(f"skipped: {where} {error}")
-            self.skipped[name] = str(error)
-            return None
-
-    def read(self) -> Iterator[tuple[str, np.ndarray, int]]:
-        mode = "L" if self.channels == 1 else "RGB"
-        for name in self._names:
-            array = self._use(name, lambda image: to_array(fit(to_8_bits(image, mode), self.resolution)), whole=True)
-            if array is not None:
-                yield name, array, -1 if self._labels is None else self._labels[name]
-
-
-class _Arrays(Source):
-    """Pictures that come as uint8 [H, W], [H, W, C] or [C, H, W] arrays, one after the other."""
-
-    def __init__(
-        self, name: str, where: str, shape: tuple[int, ...], rows: Callable[[], Iterable[np.ndarray]],
-        labels: np.ndarray | None, resolution: int | None,
-    ) -> None:  # fmt: skip
-        self._channels_last = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
-        full = (*shape, 1) if len(shape) == 3 else shape
-        if len(full) != 4 or full[3 if self._channels_last else 1] not in (1, 3):
-            raise InputError(
-                f"{where} has the shape {list(shape)}; expected [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3"
-            )
-        if 0 in full:
-            raise InputError(f"no image in {where}: its shape is {list(shape)}")
-        length, *rest = full
-        height, width = rest[:2] if self._channels_last else rest[1:]
-        if resolution is None:
-            _check_size((width, height), (width, height), f"every image of {where}")
-        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (length,)):
-            raise InputError(f"{where}: labels must be {length:,} integers, got {labels.dtype} {list(labels.shape)}")
-        super().__init__(
-            name, length=length, channels=rest[2 if self._channels_last else 0], resolution=resolution or width,
-            num_classes=0 if labels is None else _check_labels(labels, where),
-        )  # fmt: skip
-        self._rows, self._labels = rows, labels
-
-    def read(self) -> Iterator[tuple[str, np.ndarray, int]]:
-        for i, row in enumerate(self._rows()):
-            picture = row if self._channels_last else row.transpose(1, 2, 0)
-            image = Image.fromarray(picture.reshape(picture.shape[:2]) if self.channels == 1 else picture)
-            yield f"{i}", to_array(fit(image, self.resolution)), -1 if self._labels is None else int(self._labels[i])
-
-
-def _digits(resolution: int | None) -> Source:
-    from sklearn.datasets import load_digits  # scikit-learn takes a second to import
-
-    data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
-    source = _Arrays("digits", "digits", images.shape, lambda: images, data.target, resolution)
-    source.class_names, source.default_train = [str(i) for i in range(10)], 100
-    return source
-
-
-def _read_header(stream: BinaryIO, where: str, size: int) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an .npy stream of `size` bytes that stands at its start; leaves it at the first item."""
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"format version {version}")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(stream)
-    except ValueError as error:
-        raise InputError(f"{where} is no readable .npy array ({error})".replace("\n", " ")) from error
-    if dtype.hasobject:
-        raise InputError(f"{where} holds Python objects, which are pickles and never loaded; save numbers")
-    if fortran_order and len(shape) > 1:
-        raise InputError(f"{where} is in Fortran order; save np.ascontiguousarray(array)")
-    expected, there = math.prod(shape) * dtype.itemsize, size - stream.tell()
-    if there != expected:
-        raise InputError(f"{where} is truncated or damaged: {expected:,} bytes of data expected, {there:,} there")
-    return shape, dtype
-
-
-def _open_array(path: Path, resolution: int | None) -> Source:
-    if path.suffix.lower() == ".npy":
-        return _array_source(path, str(path), lambda: open(path, "rb"), path.stat().st_size, None, resolution)
-    archive = open_zip(path)
-    sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
-    keys = sorted(sizes.keys() - {"labels"})
-    if "images" not in keys and len(keys) != 1:
-        raise InputError(f"{path} must hold an array images, or a single one; it holds {', '.join(keys) or 'none'}")
-    key = "images" if "images" in keys else keys[0]
-    labels: np.ndarray | None = None
-    try:
-        if "labels" in sizes:
-            with open_entry(archive, "labels.npy") as file:
-                shape, dtype = _read_header(file, f"{path}: labels", sizes["labels"])
-                labels = np.frombuffer(file.read(), dtype).reshape(shape)
-        size = sizes[key]
-        return _array_source(
-            path, f"{path}: {key}", lambda: open_entry(archive, f"{key}.npy", size), size, labels, resolution
-        )
-    except (*ZIP_ERRORS, KeyError) as error:
-        raise InputError(f"{path} is damaged, or no .npz of arrays ({error}); save it again") from error
-
-
-def _array_source(
-    path: Path, where: str, stream: Callable[[], BinaryIO], size: int, labels: np.ndarray | None, resolution: int | None
-) -> Source:
-    with stream() as opened:
-        shape, dtype = _read_header(opened, where, size)
-    if dtype != np.uint8:
-        raise InputError(f"{where} is {dtype}; images must be uint8 in 0..255: convert them and save again")
-
-    def rows() -> Iterator[np.ndarray]:
-        try:
-            with stream() as opened:
-                _read_header(opened, where, size)
-                for _ in range(shape[0]):
-                    yield np.frombuffer(opened.read(math.prod(shape[1:])), np.uint8).reshape(shape[1:])
-        except ZIP_ERRORS as error:
-            raise InputError(f"{where} is damaged ({error}); save it again") from error
-
-    return _Arrays(path.name, where, shape, rows, labels, resolution)
+def _braces(pattern: str) -> Iterator[str]:
+    if (match := re.search(r"\{([^{}]*)\}", pattern)) is None:
+        yield pattern
+        return
+    choices: Iterable[str] = match[1].split(",")
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        choices = (f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1))
+    for choice in choices:
+        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])

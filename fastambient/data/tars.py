@@ -150,6 +150,8 @@ class _Builder:
         folder, _, base = name.rpartition("/")
         stem, _, suffix = base.partition(".")
         suffix = suffix.lower()
+        if f".{suffix}" not in IMAGE_SUFFIXES and suffix not in (*TEXT_KINDS, "cls"):
+            return
         if (key := f"{folder}/{stem}") != self.key:
             self.close()
             self.key = key
