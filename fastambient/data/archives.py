@@ -15,9 +15,9 @@ from fastambient.data.items import file_stamp
 from fastambient.errors import InputError
 
 MAX_ENTRY_BYTES = 512 << 20
-MAX_EXPANSION = 200  # of entries above _SMALL_BYTES; deflate reaches 1032
+MAX_EXPANSION = 200  # of entries above SMALL_BYTES; deflate reaches 1032
 
-_SMALL_BYTES = 16 << 20
+SMALL_BYTES = 16 << 20
 
 # What reading an entry may raise; RuntimeError is an encrypted one's.
 ZIP_ERRORS = (BadEntry, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
@@ -98,7 +98,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 def open_entry(archive: zipfile.ZipFile, name: str, max_bytes: int = MAX_ENTRY_BYTES) -> BinaryIO:
     info = archive.getinfo(name)
     expansion = info.file_size / max(info.compress_size, 1)
-    if info.file_size > max_bytes or (info.file_size > _SMALL_BYTES and expansion > MAX_EXPANSION):
+    if info.file_size > max_bytes or (info.file_size > SMALL_BYTES and expansion > MAX_EXPANSION):
         raise BadEntry(
             f"unpacks to {info.file_size:,} bytes from {info.compress_size:,}: refused as a decompression bomb"
         )

@@ -88,7 +88,9 @@ class _File:
         with _opened(path, key) as (stream, size, entry_at):
             self.shape, dtype = _read_header(stream, self.where, size)
             if dtype != np.uint8:
-                raise InputError(f"{self.where} is {dtype}; images must be uint8 in 0..255: convert them and save again")
+                raise InputError(
+                    f"{self.where} is {dtype}; images must be uint8 in 0..255: convert them and save again"
+                )
             self._stored, self._data_at = entry_at is not None, (entry_at or 0) + stream.tell()
             if key is not None:  # reading to the end checks the zip's CRC, which reading by offset cannot
                 with progress(f"checking {path.name}", size, "bytes") as advance:

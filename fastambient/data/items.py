@@ -128,7 +128,9 @@ class EncodedSource(Source):
         if self._own_size:
             check_size(image.size, (self.resolution, self.resolution), where)
         if self.channels == 1 and not is_grey(image):
-            raise BadEntry("is in colour, but the images looked at on opening are grey: make all of them one or the other")
+            raise BadEntry(
+                "is in colour, but the images looked at on opening are grey: make all of them one or the other"
+            )
         return to_array(fit(to_8_bits(image, "L" if self.channels == 1 else "RGB"), self.resolution))
 
     def _bad(self, name: str, where: str, error: BadEntry) -> None:
@@ -157,7 +159,9 @@ class EncodedSource(Source):
                     self.resolution = found[0][0]
         if not found:
             name, reason = next(iter(self.skipped.items()))
-            raise InputError(f"none of the images of {self.name} that were looked at can be read; the first: {name} {reason}")
+            raise InputError(
+                f"none of the images of {self.name} that were looked at can be read; the first: {name} {reason}"
+            )
 
 
 def file_stamp(path: Path, name: str) -> tuple[str, int, int]:
@@ -167,6 +171,13 @@ def file_stamp(path: Path, name: str) -> tuple[str, int, int]:
     except OSError as error:
         unreadable(path, error)
     return name, stat.st_size, stat.st_mtime_ns
+
+
+def open_binary(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        unreadable(path, error)
 
 
 def unreadable(path: Path, error: OSError) -> NoReturn:

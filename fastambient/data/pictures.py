@@ -17,7 +17,15 @@ from fastambient.console import progress
 from fastambient.data.archives import ZIP_ERRORS, Files
 from fastambient.data.decode import BadEntry, is_grey, use_image
 from fastambient.data.items import (
-    IMAGE_SUFFIXES, MAX_TEXT_BYTES, TEXT_KINDS, EncodedSource, Entry, check_labels, check_size, decode_text, is_hidden,
+    IMAGE_SUFFIXES,
+    MAX_TEXT_BYTES,
+    TEXT_KINDS,
+    EncodedSource,
+    Entry,
+    check_labels,
+    check_size,
+    decode_text,
+    is_hidden,
 )  # fmt: skip
 from fastambient.errors import InputError
 

@@ -14,12 +14,12 @@ Size     With a resolution R: the largest centred square, resized to R x R with 
 Labels   From `dataset.json` where there is one, in EDM's form {"labels": [["00000/img00000000.png", 6], ...]} or
          null; every image needs one, and every label an image. Otherwise from the first-level sub-folders, if there
          are several and every image lies in one. In an `.npz`, the integer array `labels`.
-Text     `photo.txt`, `photo.caption` and `photo.json` (UTF-8, suffixes in lower case) beside `photo.jpg` travel with it.
+Text     `photo.txt`, `photo.caption` and `photo.json` (UTF-8, suffixes in lower case) beside `photo.jpg` go with it.
 Arrays   uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] in C order, C 1 or 3 (channels last where both would fit); in an
          `.npz` the array `images`, or the only one. No pickle is ever loaded.
-Tars     A plain `.tar`, a folder of them, or a pattern such as `shards-{0000..0099}.tar` or `shards/*.tar`. Entries that
-         follow each other and share the path up to the file name's first dot are a sample: an image, its class number
-         as text in `.cls` (on all samples or none), and text as above. A sample without an image is left out.
+Tars     A plain `.tar`, a folder of them, or a pattern such as `shards-{0000..0099}.tar` or `shards/*.tar`. Entries
+         that follow each other and share the path up to the file name's first dot are a sample: an image, its class
+         number as text in `.cls` (on all samples or none), text as above. A sample without an image is left out.
 Tables   A `.parquet` file, a folder or pattern of them (also in the folder's `data/`; of several splits `train`), or a
          folder made by `datasets.save_to_disk`. The images are the column that the Hugging Face metadata calls Image,
          else the only one of structs {bytes, path} or of bytes; labels are the ClassLabel column, without metadata the
@@ -28,8 +28,8 @@ Looking  Opening a folder or a zip reads every image's header. In tars and table
          256 images spread over the set decide: grey if all of them are, else RGB, and, without a resolution, the size
          of the first. When the rest is read, an image of another size ends it, and a coloured one in a grey set is a
          broken one.
-Limits   64 megapixels a picture, by its header; 512 MiB an entry of a zip, tar or table; 200-fold expansion of one above
-         16 MiB; 1 MiB a text.
+Limits   64 megapixels a picture, by its header; 512 MiB an entry of a zip, tar or table; 200-fold expansion of one
+         above 16 MiB; 1 MiB a text.
 """
 
 from __future__ import annotations

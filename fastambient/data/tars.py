@@ -1,6 +1,6 @@
 """WebDataset: samples in plain tar files, found by their headers once and read by offset.
 
-The index of a shard is a few arrays (offsets, sizes, names in one string of bytes): some 60 bytes a sample. Headers come
+The index of a shard is a few arrays (offsets, sizes, names in one string of bytes): some 60 bytes a sample. Tars come
 from anywhere. So links, devices and names that leave the folder are refused, sizes are checked before anything is
 read, and a shard must end as a tar does: what follows a broken header would be lost without a word.
 """
@@ -22,8 +22,17 @@ from fastambient.console import progress
 from fastambient.data.archives import MAX_ENTRY_BYTES, is_unsafe_name
 from fastambient.data.decode import BadEntry
 from fastambient.data.items import (
-    IMAGE_SUFFIXES, LOOK_AT, MAX_TEXT_BYTES, TEXT_KINDS, EncodedSource, Entry, check_labels, decode_text, file_stamp,
-    is_hidden, unreadable,
+    IMAGE_SUFFIXES,
+    LOOK_AT,
+    MAX_TEXT_BYTES,
+    TEXT_KINDS,
+    EncodedSource,
+    Entry,
+    check_labels,
+    decode_text,
+    file_stamp,
+    is_hidden,
+    open_binary,
 )  # fmt: skip
 from fastambient.errors import InputError
 
@@ -86,22 +95,22 @@ class Tars(EncodedSource):
         for shard in self._shards:
             if (shard.labels < 0).any():
                 where = f"{shard.path}: {shard.image_name(int(np.flatnonzero(shard.labels < 0)[0]))}"
-                raise InputError(f"{where} has no .cls beside it where other images have; add it, or remove all of them")
+                raise InputError(
+                    f"{where} has no .cls beside it where other images have; add it, or remove all of them"
+                )
         self.num_classes = 1 + max(int(shard.labels.max(initial=-1)) for shard in self._shards)
 
     def _entries(self, start: int, stop: int) -> Iterator[Entry]:
-        first, last = (int(np.searchsorted(self._starts, row, side="right")) - 1 for row in (start, max(start, stop - 1)))
+        first, last = (
+            int(np.searchsorted(self._starts, row, side="right")) - 1 for row in (start, max(start, stop - 1))
+        )
         for number in range(first, last + 1) if start < stop else ():
             shard, offset = self._shards[number], int(self._starts[number])
             if not len(shard.labels):
                 continue
             if file_stamp(shard.path, shard.name) != shard.stamp:
                 raise InputError(f"{shard.path} was changed after it was looked through; start again")
-            try:
-                file = open(shard.path, "rb")
-            except OSError as error:
-                unreadable(shard.path, error)
-            with file:
+            with open_binary(shard.path) as file:
                 for i in range(max(start - offset, 0), min(stop - offset, len(shard.labels))):
                     name = shard.image_name(i)
                     yield Entry(
@@ -177,9 +186,10 @@ class _Builder:
         self.found, self.label = {}, -1
         if "" not in found:
             if label >= 0:
+                key = (self.key or "").lstrip("/")
                 raise InputError(
-                    f"{self.path}: {(self.key or '').lstrip('/')}.cls has no image next to it; pack the entries of a sample one after "
-                    "the other, as tar --sort=name does"
+                    f"{self.path}: {key}.cls has no image next to it; pack the entries of a sample one after the other, "
+                    "as tar --sort=name does"
                 )
             return
         name, _, size = found[""]
@@ -214,9 +224,7 @@ class _Builder:
         )  # fmt: skip
 
 
-def _index(
-    path: Path, name: str, bad: Callable[[str, str, BadEntry], None], advance: Callable[[int], None]
-) -> _Shard:
+def _index(path: Path, name: str, bad: Callable[[str, str, BadEntry], None], advance: Callable[[int], None]) -> _Shard:
     """The index of a shard; `bad` is told of an image that is left out."""
     stamp, builder, told = file_stamp(path, name), _Builder(path, bad, name), 0
     with open(path, "rb") as file:
