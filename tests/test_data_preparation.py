@@ -123,7 +123,9 @@ def test_a_changed_picture_is_decoded_again_after_a_kill(tmp_path, folder, small
 def test_workers_make_the_same_store(tmp_path, folder, small_chunks, monkeypatch):
     monkeypatch.setattr(decoding_module, "_ALONE", 10)
     serial = prepare(open_source(folder), tmp_path / "serial", noise_seed=1, sigma_tn=0.1, noisy="float16")
-    parallel = prepare(open_source(folder), tmp_path / "parallel", noise_seed=1, sigma_tn=0.1, noisy="float16", workers=2)
+    parallel = prepare(
+        open_source(folder), tmp_path / "parallel", noise_seed=1, sigma_tn=0.1, noisy="float16", workers=2
+    )
     assert content(serial.path) == content(parallel.path)
 
 
@@ -135,7 +137,10 @@ def test_a_bad_picture_in_a_worker_is_named(tmp_path, folder, small_chunks, monk
         prepare(open_source(folder), tmp_path / "store", workers=2)
     assert not (tmp_path / "store").exists()
     store = prepare(open_source(folder, on_bad_image="skip"), tmp_path / "store", workers=2, holdout=20)
-    assert store.manifest["counts"] == {"images": 119, "skipped": 1} and "1 of 120 images were skipped" in capsys.readouterr().err
+    assert (
+        store.manifest["counts"] == {"images": 119, "skipped": 1}
+        and "1 of 120 images were skipped" in capsys.readouterr().err
+    )
 
 
 def test_two_at_once(tmp_path, folder):
@@ -208,7 +213,11 @@ def test_check(tmp_path, folder):
         return subprocess.run(command, capture_output=True, text=True)
 
     done = check()
-    assert done.returncode == 0 and "108 training and 12 held-out images" in done.stdout and "as the manifest says" in done.stdout
+    assert (
+        done.returncode == 0
+        and "108 training and 12 held-out images" in done.stdout
+        and "as the manifest says" in done.stdout
+    )
     file = store.path / "train" / "images-00000.npy"
     data = bytearray(file.read_bytes())
     data[1000] ^= 1
@@ -232,13 +241,17 @@ def test_hand_out(tmp_path, folder):
     x_n = torch.from_numpy(store.train.noisy[:])
     x0 = torch.from_numpy(IMAGES).float() / 127.5 - 1
     nearest = torch.cdist(x_n.flatten(1).double(), x0.flatten(1).double()).argmin(1)
-    assert sorted(nearest.tolist()) == list(range(120)) and nearest.tolist() != list(range(120))  # all, in another order
+    assert sorted(nearest.tolist()) == list(range(120)) and nearest.tolist() != list(
+        range(120)
+    )  # all, in another order
     eps = (x_n - x0[nearest]) / 0.5
     assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.02
     labels = torch.tensor([i % 2 for i in range(120)])[nearest]
     assert torch.equal(torch.from_numpy(store.train.labels), labels)
 
-    again = prepare(open_source(folder), tmp_path / "again", hand_out=True, sigma_tn=0.5, noisy="float32", captions=True)
+    again = prepare(
+        open_source(folder), tmp_path / "again", hand_out=True, sigma_tn=0.5, noisy="float32", captions=True
+    )
     assert not set(again.train.ids.tolist()) & set(store.train.ids.tolist())
     assert not np.allclose(np.sort(again.train.noisy[:].ravel()), np.sort(store.train.noisy[:].ravel()))
     assert sum(bool(again.train.texts[row]) for row in range(120)) == 40

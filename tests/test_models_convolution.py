@@ -17,7 +17,8 @@ def tensors(n, cin, cout, height, width):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 5, 2, 2), (2, 4, 3, 8, 8), (3, 5, 4, 8, 9), (2, 4, 3, 16, 11), (1, 2, 3, 40, 64), (5, 3, 2, 23, 23)]
+    "shape",
+    [(1, 3, 5, 2, 2), (2, 4, 3, 8, 8), (3, 5, 4, 8, 9), (2, 4, 3, 16, 11), (1, 2, 3, 40, 64), (5, 3, 2, 23, 23)],
 )
 def test_weight_gradient(shape):
     """Against autograd in float64: sums of n = N*H*W products in float32, error at most n * 2^-24 of their magnitudes."""

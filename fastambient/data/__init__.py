@@ -1,13 +1,48 @@
-"""Data sets: sources of images, the prepared store, the order of training, and the loader."""
+"""Data sets: sources of images, the prepared store, the order of training, and the loaders.
 
-from fastambient.data.ids import image_id, image_ids
-from fastambient.data.order import dataset_indices, permutation
-from fastambient.data.preparation import prepare
-from fastambient.data.resident import Batch, ResidentLoader
-from fastambient.data.sources import Source, open_source
-from fastambient.data.store import Split, Store, is_store
+Names are loaded on first use: a process that only decodes pictures does without torch.
+"""
 
-__all__ = [
-    "Batch", "ResidentLoader", "Source", "Split", "Store", "dataset_indices", "image_id", "image_ids", "is_store",
-    "open_source", "permutation", "prepare",
-]  # fmt: skip
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_WHERE = {
+    "Batch": "resident",
+    "ResidentLoader": "resident",
+    "Source": "items",
+    "Split": "store",
+    "Store": "store",
+    "dataset_indices": "order",
+    "image_id": "ids",
+    "image_ids": "ids",
+    "is_store": "store",
+    "open_source": "sources",
+    "permutation": "order",
+    "prepare": "preparation",
+}
+
+__all__ = [*_WHERE]
+
+if TYPE_CHECKING:
+    from fastambient.data.ids import image_id as image_id
+    from fastambient.data.ids import image_ids as image_ids
+    from fastambient.data.items import Source as Source
+    from fastambient.data.order import dataset_indices as dataset_indices
+    from fastambient.data.order import permutation as permutation
+    from fastambient.data.preparation import prepare as prepare
+    from fastambient.data.resident import Batch as Batch
+    from fastambient.data.resident import ResidentLoader as ResidentLoader
+    from fastambient.data.sources import open_source as open_source
+    from fastambient.data.store import Split as Split
+    from fastambient.data.store import Store as Store
+    from fastambient.data.store import is_store as is_store
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"fastambient.data.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'fastambient.data' has no attribute {name!r}")

@@ -23,15 +23,16 @@ import numpy as np
 
 from fastambient.console import progress
 from fastambient.data.ids import image_id
+from fastambient.data.items import Source
 from fastambient.data.near_duplicates import perceptual_hash
 from fastambient.data.shards import ShardedArray, write_npy
-from fastambient.data.sources import Source
 from fastambient.errors import FastambientError, InputError
 from fastambient.files import write_bytes
 from fastambient.processes import die_with_parent
 
 _CHUNK_BYTES = 64 << 20  # of pixels; few chunks for the address space, small ones for workers and progress
 _CHUNK_ROWS = (256, 8192)
+_COLUMNS = ("ids", "mirrored", "labels", "sums", "squares", "hashes")
 _ALONE = 2000  # so few pictures are decoded here: a worker needs seconds to start
 
 
@@ -79,11 +80,12 @@ def decode(source: Source, folder: Path, *, workers: int, hashed: bool) -> Decod
     InputError : a picture cannot be read (unless the source skips such), or none can
     """
     rows = _chunk_rows(source)
-    starts = range(0, source.length, rows)
-    paths = [folder / f"chunk-{start:012d}.npz" for start in starts]
-    for old in {*folder.glob("chunk-*.npz"), *folder.glob("chunk-*.npy")} - {*paths, *(p.with_suffix(".npy") for p in paths)}:  # fmt: skip
-        old.unlink()
-    todo = [(str(path), start, min(start + rows, source.length), hashed) for path, start in zip(paths, starts, strict=True)]  # fmt: skip
+    chunks = [(folder / f"chunk-{start:012d}.npz", start) for start in range(0, source.length, rows)]
+    wanted = {name for path, _ in chunks for name in (path.name, path.with_suffix(".npy").name)}
+    for old in folder.glob("chunk-*"):
+        if old.name not in wanted:
+            old.unlink()
+    todo = [(str(path), start, min(start + rows, source.length), hashed) for path, start in chunks]
     workers = min(workers, len(todo)) if source.length > _ALONE else 1
     with progress(f"reading {source.name}", source.length) as advance:
         if workers == 1:
@@ -91,7 +93,7 @@ def decode(source: Source, folder: Path, *, workers: int, hashed: bool) -> Decod
                 advance(_decode_chunk(source, *job, advance=advance))
         else:
             _in_parallel(source, todo, workers, advance)
-    return _gather(source, paths)
+    return _gather(source, [path for path, _ in chunks])
 
 
 def has_progress(folder: Path) -> bool:
@@ -105,7 +107,10 @@ def _chunk_rows(source: Source) -> int:
     return max(1, min(wanted, _CHUNK_BYTES // (source.channels * source.resolution**2)))
 
 
-def _in_parallel(source: Source, todo: list[tuple[str, int, int, bool]], workers: int, advance: Callable[[int], None]) -> None:  # fmt: skip
+_Job = tuple[str, int, int, bool]  # file, first row, end, whether hashes are wanted
+
+
+def _in_parallel(source: Source, todo: list[_Job], workers: int, advance: Callable[[int], None]) -> None:
     # Spawned, not forked: a fork copies locks that torch's threads may hold.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (source,)) as pool:
         futures: dict[Future[int], int] = {pool.submit(_worker_chunk, job): job[2] - job[1] for job in todo}
@@ -132,7 +137,7 @@ def _start_worker(source: Source) -> None:
     _worker_source = source
 
 
-def _worker_chunk(job: tuple[str, int, int, bool]) -> int:
+def _worker_chunk(job: _Job) -> int:
     return _decode_chunk(_worker_source, *job)
 
 
@@ -147,7 +152,7 @@ def _decode_chunk(
         return stop - start
     file.unlink(missing_ok=True)
     before = set(source.skipped)
-    columns: dict[str, list[int]] = {name: [] for name in ("ids", "mirrored", "labels", "sums", "squares", "hashes")}
+    columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
     described: list[tuple[str, dict[str, str]]] = []
     pixels = np.empty((stop - start, *shape), np.uint8)
     said = start
@@ -167,7 +172,9 @@ def _decode_chunk(
             said = item.row + 1
     n = len(described)
     write_npy(file.with_suffix(".npy"), (n, *shape), np.uint8, [pixels[:n]])
-    record: dict[str, Any] = {name: np.array(values, np.uint64 if name == "hashes" else np.int64) for name, values in columns.items()}  # fmt: skip
+    record: dict[str, Any] = {
+        name: np.array(values, np.uint64 if name == "hashes" else np.int64) for name, values in columns.items()
+    }
     skipped = {name: reason for name, reason in source.skipped.items() if name not in before}
     for name, value in (("described", described), ("skipped", skipped)):
         record[name] = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -200,7 +207,7 @@ def _load(file: Path) -> dict[str, np.ndarray]:
 
 
 def _gather(source: Source, paths: list[Path]) -> Decoded:
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "mirrored", "labels", "sums", "squares", "hashes")}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
     skipped: dict[str, str] = {}
     for path in paths:
         record = _load(path)
@@ -215,9 +222,9 @@ def _gather(source: Source, paths: list[Path]) -> Decoded:
     return Decoded(
         images=ShardedArray(
             [p.with_suffix(".npy") for p, ids in zip(paths, parts["ids"], strict=True) if len(ids)], shape,
-            np.dtype(np.uint8),
+            np.dtype(np.uint8), hold=False,
         ),
         ids=columns["ids"], mirrored=columns["mirrored"], labels=columns["labels"], sums=columns["sums"],
-        squares=columns["squares"], hashes=columns["hashes"] if len(columns["hashes"]) else None, skipped=source.skipped | skipped,
-        _chunks=paths, _ends=np.cumsum([len(ids) for ids in parts["ids"]]),
+        squares=columns["squares"], hashes=columns["hashes"] if len(columns["hashes"]) else None,
+        skipped=source.skipped | skipped, _chunks=paths, _ends=np.cumsum([len(ids) for ids in parts["ids"]]),
     )  # fmt: skip

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # a process that decodes pictures does without torch
+    from torch import Tensor
 
 
 def image_id(image: np.ndarray) -> int:
@@ -40,5 +42,7 @@ def image_id(image: np.ndarray) -> int:
 
 def image_ids(images: Tensor | np.ndarray | Iterable[np.ndarray]) -> Tensor:
     """Ids of uint8 [N, C, H, W] images (a tensor on any device, or an array) as int64 [N] on the CPU."""
-    arrays = images.cpu().numpy() if isinstance(images, Tensor) else images
+    import torch
+
+    arrays = images.cpu().numpy() if isinstance(images, torch.Tensor) else images
     return torch.tensor([image_id(image) for image in arrays], dtype=torch.int64)

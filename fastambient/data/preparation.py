@@ -25,9 +25,9 @@ import torch
 from fastambient.console import progress, say, warn
 from fastambient.data.decoding import Decoded, decode, has_progress
 from fastambient.data.handout import random_ids, shuffle, system_normal
+from fastambient.data.items import Source
 from fastambient.data.near_duplicates import MIN_RESOLUTION, join_groups, near_duplicate_groups
 from fastambient.data.shards import Written, write_npy
-from fastambient.data.sources import Source
 from fastambient.data.split import MIN_SIDE, split
 from fastambient.data.store import FORMAT, NOISY, VERSION, Store, is_store
 from fastambient.data.text import line_offsets, write_texts
@@ -152,9 +152,13 @@ def _check(out: Path, request: Request, *, force: bool) -> None:
         check_seed("--noise-seed", r.noise_seed, secret=True)
     if r.hand_out:
         if r.noisy == "none" or not r.sigma_tn:
-            raise InputError("--hand-out holds noised images alone: pass --noisy float16 or float32, and --sigma-tn S > 0")
+            raise InputError(
+                "--hand-out holds noised images alone: pass --noisy float16 or float32, and --sigma-tn S > 0"
+            )
         if r.noise_seed is not None:
-            raise InputError("--hand-out draws its noise from the operating system and keeps no seed: drop --noise-seed")
+            raise InputError(
+                "--hand-out draws its noise from the operating system and keeps no seed: drop --noise-seed"
+            )
         if r.holdout:
             raise InputError(f"--hand-out holds no clean image, so none is held out: drop --holdout {r.holdout}")
     refuse_existing(out, force=force)
@@ -233,9 +237,7 @@ def _write(work: Path, new: Path, source: Source, decoded: Decoded, r: Request) 
 class _Writer:
     """Writes the arrays of a new store; what an earlier try wrote for the same request is checked and taken over."""
 
-    def __init__(
-        self, work: Path, new: Path, decoded: Decoded, request: Request, sides: dict[str, np.ndarray]
-    ) -> None:
+    def __init__(self, work: Path, new: Path, decoded: Decoded, request: Request, sides: dict[str, np.ndarray]) -> None:
         self.new, self.decoded, self.request, self.files = new, decoded, request, dict[str, Written]()
         self._journal = work / "journal.jsonl"
         # Not the seed: its hash would give a small one away. Where it changed, `_noise_seed` has dropped it all.
@@ -283,17 +285,24 @@ class _Writer:
                 if noisy is None:
                     advance(len(part))
         if noisy is not None and r.sigma_tn is not None:
-            for name, part in _shards(f"{side}/noisy", rows, math.prod(shape) * np.dtype(noisy).itemsize, r.shard_bytes):
+            row_bytes = math.prod(shape) * np.dtype(noisy).itemsize
+            for name, part in _shards(f"{side}/noisy", rows, row_bytes, r.shard_bytes):
                 self._npy(name, (len(part), *shape), noisy, (self._noised(p) for p in _pieces(part)))
                 advance(len(part))
         if texts:
             file = self.new / side / "text.jsonl"
-            self._keep(f"{side}/text.jsonl", lambda: write_texts(file, (t for _, t in decoded.names_and_texts(rows))))
+            found: Iterable[dict[str, str]] = (text for _, text in decoded.names_and_texts(rows))
+            if r.hand_out:  # in another order than the source's, which alone is read fast: by way of memory
+                in_order = np.argsort(rows)
+                place = np.argsort(in_order).tolist()
+                read = [text for _, text in decoded.names_and_texts(rows[in_order])]
+                found = (read[i] for i in place)
+            self._keep(f"{side}/text.jsonl", lambda: write_texts(file, found))
             self._npy(f"{side}/text_offsets.npy", (len(rows) + 1,), np.int64, [line_offsets(file)])
 
     def write_groups(self, pictures: np.ndarray) -> None:
-        """near_duplicates.json: the names of all images that share a picture, the first of each group is the one kept by
-        ``dedup="drop"``."""
+        """near_duplicates.json: the names of all images that share a picture; ``dedup="drop"`` keeps the first of each
+        group."""
         _, picture, sizes = np.unique(pictures, return_inverse=True, return_counts=True)
         rows = np.flatnonzero(sizes[picture] > 1)
         groups: dict[int, list[str]] = {}
@@ -303,18 +312,20 @@ class _Writer:
         write_json(file, {"images": len(rows), "groups": list(groups.values())})
         self.files[file.name] = Written(file.stat().st_size, sha256_file(file))
         if groups:
-            fate = "all but the first of each dropped" if self.request.dedup == "drop" else "each on one side of the split"
-            say(f"{len(rows):,} images in {len(groups):,} groups of copies and near-duplicates, {fate}: {file.name} lists them")
+            dropped = self.request.dedup == "drop"
+            fate = "all but the first of each dropped" if dropped else "each on one side of the split"
+            say(f"{len(rows):,} images in {len(groups):,} groups of near-duplicates, {fate}: see {file.name}")
 
     def _noised(self, rows: np.ndarray) -> np.ndarray:
         """x_n = x0 + sigma_tn * eps, by the same float32 operations as the noise operator's."""
-        x0 = torch.from_numpy(self.decoded.images[rows]).float() / 127.5 - 1
-        if self.request.hand_out:
+        r, x0 = self.request, torch.from_numpy(self.decoded.images[rows]).float() / 127.5 - 1
+        assert r.sigma_tn is not None
+        if r.noise_seed is None:  # a hand-out
             eps = system_normal(x0.shape)
         else:
             ids = torch.from_numpy(self.decoded.ids[rows])
-            eps = normal(ids, x0[0].numel(), seed=self.request.noise_seed, stream=Stream.FIXED).view_as(x0)
-        return (x0 + self.request.sigma_tn * eps).numpy()
+            eps = normal(ids, x0[0].numel(), seed=r.noise_seed, stream=Stream.FIXED).view_as(x0)
+        return (x0 + r.sigma_tn * eps).numpy()
 
 
 def _shards(stem: str, rows: np.ndarray, row_bytes: int, shard_bytes: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -48,16 +48,22 @@ def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype | type, pieces
 
 
 class ShardedArray:
-    """Memory-mapped .npy shards as one array: len, shape, and reading rows by a slice or by integers."""
+    """Memory-mapped .npy shards as one array: len, shape, and reading rows by a slice or by integers.
 
-    def __init__(self, paths: list[Path], shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
-        self._shards = [_load(path, dtype) for path in paths]
+    hold : whether the shards stay mapped. Pages that were read count as the process's memory while they are.
+    """
+
+    def __init__(self, paths: list[Path], shape: tuple[int, ...], dtype: np.dtype, *, hold: bool = True) -> None:
+        self.shape, self.dtype, self._paths = shape, dtype, paths
+        self._held: list[np.ndarray] | None = [] if hold else None
         self._ends = [0]
-        for path, shard in zip(paths, self._shards, strict=True):
+        for path in paths:
+            shard = _load(path, dtype)
             if shard.shape[1:] != shape[1:]:
                 raise InputError(f"{path} holds {list(shard.shape)}, which does not fit the manifest's {list(shape)}")
             self._ends.append(self._ends[-1] + len(shard))
+            if self._held is not None:
+                self._held.append(shard)
         if self._ends[-1] != shape[0]:
             where = paths[0].parent if paths else "the store"
             raise InputError(f"{where} holds {self._ends[-1]:,} rows where the manifest says {shape[0]:,}")
@@ -81,7 +87,8 @@ class ShardedArray:
         which = np.searchsorted(self._ends, index, side="right") - 1
         for number in np.unique(which):
             here = which == number
-            out[here] = self._shards[number][index[here] - self._ends[number]]
+            shard = _load(self._paths[number], self.dtype) if self._held is None else self._held[number]
+            out[here] = shard[index[here] - self._ends[number]]
         return out
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastambient.data.items import Source
 from fastambient.data.order import permutation
-from fastambient.data.sources import Source
 from fastambient.errors import InputError, data_option
 
 MIN_SIDE = 2  # different images on either side that an evaluation needs: a nearest and a second nearest

@@ -1,7 +1,7 @@
 """3x3 convolutions whose weight gradient is a product of matrices, on a CPU.
 
-oneDNN's weight gradient of few channels-last pictures runs well below the rate of its forward pass (AMD EPYC, AVX2: 60 to
-100 against 110 to 140 GFLOP/s). In channels-last memory, tap (i, j) of it is one product of matrices:
+oneDNN's weight gradient of few channels-last pictures runs well below the rate of its forward pass (AMD EPYC, AVX2: 60
+to 100 against 110 to 140 GFLOP/s). In channels-last memory, tap (i, j) of it is one product of matrices:
 
     dW[:, :, i, j] = sum over pixels p of g(p) x(p + (i, j) - 1)^T = G^T X_(i,j)
 

@@ -16,8 +16,8 @@ import yaml
 
 from fastambient import models
 from fastambient.console import say, warn
-from fastambient.data.sources import Source, open_source
 from fastambient.data.preparation import prepare
+from fastambient.data.sources import Source, open_source
 from fastambient.data.store import Store, is_store
 from fastambient.diffusion.ambient import share_message
 from fastambient.errors import FastambientError, InputError, check_seed
