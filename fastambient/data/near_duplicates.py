@@ -1,19 +1,164 @@
-MIN_RESOLUTION = 32
+"""Near-duplicates: the same picture encoded, scaled or lit a little differently.
+
+Two pictures are near-duplicates where their perceptual hashes (64 bits: signs of the low frequencies, `imagehash`)
+differ in at most 4 bits, and 16x16 grey versions of them correlate by 0.95 or more; groups are what such pairs connect.
+The hash finds candidates among millions without comparing all; the correlation keeps apart what merely has the same
+layout, of which sets of X-rays or of portraits are full.
+
+Measured on 600 of 6,000 CIFAR-10 pictures: JPEG at quality 80 and 50, brightness +5 %, and scaling to 24 pixels and
+back are found (99 to 100 %), a shift by one of 32 pixels or a crop to 94 % hardly ever, mirror images never (the store
+looks for exact ones itself). No two of the 6,000 originals were taken for near-duplicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+MIN_RESOLUTION = 32  # the hash looks at 32x32 pixels
+
+_DISTANCE = 4  # bits
+_CORRELATION = 0.95
+_SIDE = 16  # pixels of the grey versions
+_FLAT = 1.0  # grey levels; a picture of less contrast is one colour
+_MAX_LEADERS = 32  # different pictures of one hash that are told apart
+_POPCOUNT = np.array([number.bit_count() for number in range(1 << 16)], np.uint8)
 
 
-def perceptual_hash(image):
-    return 0
+class Images(Protocol):
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...  # uint8 [n, C, H, W]
 
 
-def near_duplicate_groups(h, i):
-    import numpy as np
+def perceptual_hash(image: np.ndarray) -> int:
+    """64 bits of a uint8 [C, H, W] picture with 1 or 3 channels."""
+    import imagehash  # scipy's transforms take a while to import
 
-    return np.arange(len(h))
-
-
-def join_groups(p, g):
-    return p
+    bits = imagehash.phash(_picture(image)).hash
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def report(a, b):
-    return {"groups": [], "images": 0}
+def near_duplicate_groups(hashes: np.ndarray, images: Images) -> np.ndarray:
+    """The group of each image, named by its first row: int64 [N].
+
+    Parameters
+    ----------
+    hashes : uint64 [N], `perceptual_hash` of each image
+    images : gives the pictures of some rows; asked for those alone whose hash is near another one's
+    """
+    n = len(hashes)
+    distinct, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    pairs = _near_pairs(distinct)
+    candidates = counts > 1
+    candidates[pairs.ravel()] = True
+    if not candidates.any():
+        return np.arange(n)
+    rows = np.flatnonzero(candidates[which])
+    small = _Small(images, rows)
+
+    # Rows of one hash meet its leaders, the first rows of different pictures; leaders of near hashes meet each other.
+    edges: list[tuple[int, int]] = []
+    leaders: dict[int, list[int]] = {}
+    order = rows[np.argsort(which[rows], kind="stable")]
+    for same in np.split(order, np.flatnonzero(np.diff(which[order])) + 1):
+        heads = leaders.setdefault(int(which[same[0]]), [])
+        while len(same) and len(heads) < _MAX_LEADERS:
+            head, same = int(same[0]), same[1:]
+            heads.append(head)
+            alike = small.alike(head, same)
+            edges += [(head, int(row)) for row in same[alike]]
+            same = same[~alike]
+    for a, b in pairs.tolist():
+        others = np.array(leaders[b])
+        edges += [(head, int(row)) for head in leaders[a] for row in others[small.alike(head, others)]]
+    return _connected(n, np.array(edges, np.int64).reshape(-1, 2))
+
+
+def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """One group for all that share a group in either, named by its first row: int64 [N] from two int64 [N]."""
+    edges = []
+    for groups in (first, second):
+        _, start, inverse = np.unique(groups, return_index=True, return_inverse=True)
+        edges.append(np.stack([start[inverse], np.arange(len(groups))], 1))
+    return _connected(len(first), np.concatenate(edges))
+
+
+def _near_pairs(distinct: np.ndarray) -> np.ndarray:
+    """All pairs (a < b) of distinct uint64 hashes that differ in at most _DISTANCE bits: int64 [P, 2].
+
+    Of _DISTANCE + 1 bands of bits one is equal in such a pair, so only hashes that share a band are compared.
+    """
+    found = [np.zeros((0, 2), np.int64)]
+    edges = np.linspace(0, 64, _DISTANCE + 2).astype(int)
+    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        band = (distinct >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        band, ordered = band[order], distinct[order]
+        for step in range(1, len(order)):
+            (here,) = np.nonzero(band[step:] == band[:-step])
+            if not len(here):
+                break
+            near = here[_bits(ordered[here] ^ ordered[here + step]) <= _DISTANCE]
+            found.append(np.sort(np.stack([order[near], order[near + step]], 1), axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _bits(words: np.ndarray) -> np.ndarray:
+    return _POPCOUNT[words.view(np.uint16).reshape(-1, 4)].sum(1)
+
+
+def _connected(n: int, edges: np.ndarray) -> np.ndarray:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(edges), np.int8), (edges[:, 0], edges[:, 1])), shape=(n, n))
+    _, component = connected_components(graph, directed=False)
+    _, first = np.unique(component, return_index=True)
+    return first[component]
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
+class _Small:
+    """16x16 grey versions of some rows, 256 bytes each."""
+
+    def __init__(self, images: Images, rows: np.ndarray) -> None:
+        self.rows = rows
+        self.grey = np.concatenate([grey for grey in self._read(images, rows)])
+
+    @staticmethod
+    def _read(images: Images, rows: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(rows), 512):
+            for image in images[rows[start : start + 512]]:
+                picture = _picture(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+                yield np.asarray(picture, np.uint8).reshape(1, -1)
+
+    def alike(self, row: int, others: np.ndarray) -> np.ndarray:
+        """bool [n]: which of `others` are the picture `row`."""
+        out = np.zeros(len(others), bool)
+        a = self._centred(np.array([row]))
+        for start in range(0, len(others), 4096):
+            part = others[start : start + 4096]
+            b = self._centred(part)
+            size_a, size_b = (np.sqrt((x * x).mean(1)) for x in (a, b))
+            correlation = (a * b).mean(1) / np.maximum(size_a * size_b, 1e-12)
+            flat_a, flat_b = size_a < _FLAT, size_b < _FLAT
+            level = np.abs(self._mean(part) - self._mean(np.array([row])))
+            out[start : start + 4096] = np.where(
+                flat_a | flat_b, flat_a & flat_b & (level < 4), correlation >= _CORRELATION
+            )
+        return out
+
+    def _of(self, rows: np.ndarray) -> np.ndarray:
+        return self.grey[np.searchsorted(self.rows, rows)].astype(np.float32)
+
+    def _mean(self, rows: np.ndarray) -> np.ndarray:
+        return self._of(rows).mean(1)
+
+    def _centred(self, rows: np.ndarray) -> np.ndarray:
+        grey = self._of(rows)
+        return grey - grey.mean(1, keepdims=True)

@@ -63,6 +63,11 @@ def evaluate_run(
     run = RunFolder.existing(path)
     settings = run.read_settings()
     store = run.open_store(verify=False)
+    if store.train.images is None or store.holdout.images is None:
+        raise InputError(
+            f"{run.store_path} was handed out: it holds no clean training image to look for copies of; who made it can"
+            " evaluate samples of this run"
+        )
     if len(store.holdout) < 2:
         raise InputError(
             f"{run.store_path} holds {len(store.holdout) or 'no'} held-out images, expected at least 2: without them"
