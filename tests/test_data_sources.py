@@ -2,77 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
-import struct
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from source_checks import (
+    check_rows,
+    encoded,
+    error_of,
+    make_folder,
+    make_zip,
+    picture,
+    png_header,
+    read_all,
+    touch,
+)  # fmt: skip
 
 from fastambient.data import is_store, open_source, prepare
 from fastambient.errors import InputError
-
-
-def picture(seed: int, size=(8, 8), mode="RGB") -> Image.Image:
-    channels = {"L": 1, "RGB": 3, "RGBA": 4, "LA": 2, "CMYK": 4}[mode]
-    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
-    return Image.fromarray(values[..., 0]) if mode == "L" else Image.frombytes(mode, size, values.tobytes())
-
-
-def encoded(image: Image.Image, format="PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def make_folder(path, files: dict[str, bytes]):
-    for name, data in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
-    return path
-
-
-def make_zip(path, files: dict[str, bytes], compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
-
-
-def read_all(source):
-    items = [(item.name, item.image, item.label) for item in source.read()]
-    for _, image, _ in items:
-        assert image.dtype == np.uint8 and image.shape == (source.channels, source.resolution, source.resolution)
-    return items
-
-
-def error_of(*args, read=False, **options) -> str:
-    with pytest.raises(InputError) as caught:
-        source = open_source(*args, **options)
-        if read:
-            list(source.read())
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has almost no data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
 
 
 def test_digits():
@@ -490,3 +441,80 @@ def test_an_empty_source_is_not_the_folder_one_is_in(tmp_path, monkeypatch):
     prepare(open_source("."), tmp_path / "store")
     monkeypatch.chdir(tmp_path / "store")
     assert is_store(".") and not is_store("")
+
+
+def test_rows_of_digits_and_arrays(tmp_path):
+    check_rows(open_source("digits", resolution=4))
+    labels = np.array([4, 0, 2])
+    np.save(tmp_path / "x.npy", ARRAYS)
+    np.savez(tmp_path / "stored.npz", images=ARRAYS, labels=labels)
+    np.savez_compressed(tmp_path / "packed.npz", images=ARRAYS, labels=labels)
+    for name in ("x.npy", "stored.npz", "packed.npz"):
+        source = open_source(tmp_path / name)
+        items = check_rows(source)
+        assert np.array_equal(np.stack([item.image for item in items]), ARRAYS.transpose(0, 3, 1, 2))
+        assert [item.label for item in items] == ([-1] * 3 if name == "x.npy" else [4, 0, 2])
+        before = source.fingerprint(0, 1)
+        touch(tmp_path / name)
+        assert source.fingerprint(0, 1) != before
+        (tmp_path / name).unlink()
+        with pytest.raises(InputError, match="cannot be read"):
+            next(source.read(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_rows_and_sidecar_text(tmp_path, kind):
+    files = {f"{side}/{i}.png": encoded(picture(i)) for i, side in enumerate("abbab")}
+    texts = {
+        "a/0.txt": "ein Hündchen\n".encode(),
+        "a/0.caption": b"",
+        "a/3.json": b'{"a": 1}',
+        "b/1.txt": b"\xef\xbb\xbfcat",
+    }
+    texts |= {"b/9.caption": b"of no image", "b/2.TXT": b"x", "b/2.md": b"x"}
+    content = {**files, **texts}
+    path = make_folder(tmp_path / "d", content) if kind == "folder" else make_zip(tmp_path / "d.zip", content)
+    source = open_source(path)
+    assert source.text_kinds == ("txt", "caption", "json") and source.num_classes == 2
+    assert {item.name: item.text for item in check_rows(source)} == {
+        "a/0.png": {"txt": "ein Hündchen\n", "caption": ""},
+        "a/3.png": {"json": '{"a": 1}'},
+        "b/1.png": {"txt": "cat"},
+        "b/2.png": {},
+        "b/4.png": {},
+    }
+    first, last = source.fingerprint(0, 1), source.fingerprint(4, 5)
+    touch(path / "a/0.txt" if kind == "folder" else path)
+    assert source.fingerprint(0, 1) != first
+    assert (source.fingerprint(4, 5) != last) == (kind == "zip")
+
+
+def test_no_sidecars_no_text(tmp_path):
+    make_folder(tmp_path, {"dataset.png": encoded(picture(0)), "dataset.json": dataset(None)})
+    source = open_source(tmp_path)
+    assert source.text_kinds == () and [item.text for item in source.read()] == [{}]  # dataset.json is no sidecar
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(b"\xff\xfe", "is no UTF-8"), (b"x" * (2**20 + 1), "more than 1,048,576 bytes")]
+)
+def test_bad_sidecars(tmp_path, text, words):
+    make_folder(tmp_path, {"a.png": encoded(picture(0)), "a.txt": text, "b.png": encoded(picture(1))})
+    message = error_of(tmp_path, read=True)
+    assert "a.png has the text a.txt" in message and words in message
+    source = open_source(tmp_path, on_bad_image="skip")
+    assert [(item.row, item.name) for item in check_rows(source)] == [(1, "b.png")] and list(source.skipped) == [
+        "a.png"
+    ]
+
+
+def test_fingerprints_see_what_is_outside_of_the_rows(tmp_path):
+    make_folder(tmp_path, {"a.png": encoded(picture(0, mode="L")), "b.png": encoded(picture(1, mode="L"))})
+    grey = open_source(tmp_path).fingerprint(0, 1)
+    assert open_source(tmp_path).fingerprint(0, 1) == grey != open_source(tmp_path, resolution=4).fingerprint(0, 1)
+    make_folder(tmp_path, {"c.png": encoded(picture(2))})  # now all are RGB
+    assert open_source(tmp_path).fingerprint(0, 1) != grey
+    source = open_source(tmp_path)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(InputError, match=r"a\.png cannot be read"):
+        source.fingerprint(0, 1)

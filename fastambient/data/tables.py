@@ -1,8 +1,6 @@
 """Hugging Face data sets on this machine: parquet files, and folders of Arrow streams by `datasets.save_to_disk`.
 
-Read with pyarrow alone, by row group or record batch. Files come from anywhere: the images' column of a parquet file
-may not unpack to more than a stated multiple of its bytes, Arrow batches are validated before a value is read, and what
-pyarrow raises becomes an InputError that names the file.
+Which column holds the images, the labels and the text, and the rows of all files as one source.
 """
 
 from __future__ import annotations
@@ -11,17 +9,15 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fastambient.console import progress, say
-from fastambient.data.archives import MAX_ENTRY_BYTES, MAX_EXPANSION, SMALL_BYTES, is_unsafe_name
+from fastambient.data.archives import MAX_ENTRY_BYTES, is_unsafe_name
 from fastambient.data.decode import BadEntry
 from fastambient.data.items import (
     LOOK_AT,
@@ -33,12 +29,10 @@ from fastambient.data.items import (
     decode_text,
     file_stamp,
 )  # fmt: skip
+from fastambient.data.table_files import ArrowFile, ParquetFile, TableFile
 from fastambient.errors import InputError
 
-_BATCH_BYTES = 32 << 20  # of images that a parquet file is decoded in at once, about
-_MAX_BATCH = 1024  # rows
 _LOOK_GROUPS = 16  # row groups whose first images are looked at
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
 
 
@@ -55,110 +49,15 @@ class _Columns(NamedTuple):
         return [self.image, *([self.label] if self.label else []), *self.texts]
 
 
-class _File:
-    """A file of rows in groups. `rows` is int64 [groups]."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.stamp = path, file_stamp(path, path.name)
-        self.rows = np.zeros(0, np.int64)
-
-    def schema(self) -> pa.Schema:
-        raise NotImplementedError
-
-    def batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        raise NotImplementedError
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        try:
-            yield
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            kind = self.path.suffix[1:]
-            raise InputError(
-                f"{self.path} is cut short, damaged or no {kind} file ({reason}); make or download it again"
-            ) from error
-
-
-class _Parquet(_File):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with self.reading(), self._open() as file:
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            self.rows = np.array([group.num_rows for group in groups], np.int64)
-        if (self.rows < 0).any():
-            raise InputError(f"{path} is damaged: it claims {self.rows.min():,} rows; make or download it again")
-
-    def _open(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-
-    def schema(self) -> pa.Schema:
-        with self.reading(), self._open() as file:
-            return file.schema_arrow
-
-    def batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        with self.reading(), self._open() as file:
-            metadata = file.metadata.row_group(group)
-            unpacked = 0
-            for i in range(metadata.num_columns):
-                column = metadata.column(i)
-                if column.path_in_schema.split(".")[0] not in columns:
-                    continue
-                packed, size = column.total_compressed_size, column.total_uncompressed_size
-                unpacked += size
-                if size > SMALL_BYTES and size > MAX_EXPANSION * packed:
-                    raise InputError(
-                        f"{self.path}: row group {group} of {column.path_in_schema} unpacks to {size:,} bytes from "
-                        f"{packed:,}: refused as a decompression bomb"
-                    )
-            a_row = max(unpacked // max(metadata.num_rows, 1), 1)
-            size = min(max(_BATCH_BYTES // a_row, 1), _MAX_BATCH)
-            yield from file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
-
-
-class _Arrow(_File):
-    """An Arrow IPC stream, memory-mapped; a group is a record batch, found by its offset."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        rows, offsets = [], []
-        with self.reading(), pa.memory_map(str(path)) as file:
-            with pa.ipc.open_stream(file) as stream:
-                if any(pa.types.is_dictionary(field.type) for field in stream.schema):
-                    raise InputError(f"{path} has dictionary-encoded columns, which are not read; save it as parquet")
-                while True:
-                    offsets.append(file.tell())
-                    try:
-                        rows.append(stream.read_next_batch().num_rows)
-                    except StopIteration:
-                        break
-            end = offsets.pop()
-        with open(path, "rb") as plain:  # the end of the file also ends a stream, without a word
-            plain.seek(end)
-            if not plain.read(len(_END_OF_STREAM)) == _END_OF_STREAM:
-                raise InputError(f"{path} is cut short: it lacks the end of an Arrow stream; copy or save it again")
-        self.rows, self._offsets = np.array(rows, np.int64), np.array(offsets, np.int64)
-
-    def schema(self) -> pa.Schema:
-        with self.reading(), pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
-            return stream.schema
-
-    def batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        schema = self.schema()
-        with self.reading(), pa.memory_map(str(self.path)) as file:
-            file.seek(int(self._offsets[group]))
-            batch = pa.ipc.read_record_batch(pa.ipc.read_message(file), schema).select(columns)
-            batch.validate(full=True)  # offsets that point outside would be followed
-            yield batch
-
-
 class Tables(EncodedSource):
-    def __init__(self, name: str, files: list[_File], features: Any, resolution: int | None, on_bad_image: str) -> None:
+    def __init__(
+        self, name: str, files: list[TableFile], features: Any, resolution: int | None, on_bad_image: str
+    ) -> None:
         super().__init__(name, resolution, on_bad_image)
         self._files = files
-        self._columns = columns = _find_columns(files[0], files[0].schema(), features)
+        self._columns = columns = _find_columns(files[0], files[0].schema, features)
         for file in files[1:]:
-            if missing := set(columns.all) - set(file.schema().names):
+            if missing := set(columns.all) - set(file.schema.names):
                 raise InputError(f"{file.path} has no column {min(missing)}, which {files[0].path.name} has")
         groups = [(number, group) for number, file in enumerate(files) for group in np.flatnonzero(file.rows)]
         self._groups = np.array(groups, np.int64).reshape(-1, 2)  # file, group in it
@@ -214,7 +113,7 @@ class Tables(EncodedSource):
             if row != self._starts[group]:
                 raise InputError(f"{file.path} is damaged: it holds fewer rows than it claims; make it again")
 
-    def _entry(self, file: _File, batch: pa.RecordBatch, i: int, row: int, number: int) -> Entry:
+    def _entry(self, file: TableFile, batch: pa.RecordBatch, i: int, row: int, number: int) -> Entry:
         name, columns = f"{file.path.name}: row {number}", self._columns
         where, label = f"{file.path}: row {number}", -1
         if columns.label is not None:
@@ -279,9 +178,9 @@ def open_parquet(name: str, paths: list[Path], resolution: int | None, on_bad_im
     if chosen:
         _check_complete(files)
     with progress(f"opening {name}", len(files), "files") as advance:
-        opened: list[_File] = []
+        opened: list[TableFile] = []
         for path in files:
-            opened.append(_Parquet(path))
+            opened.append(ParquetFile(path))
             advance(1)
     return Tables(name, opened, None, resolution, on_bad_image)
 
@@ -322,9 +221,9 @@ def open_saved(path: Path, resolution: int | None, on_bad_image: str) -> Tables:
         raise InputError(f"no image in {path}: its state.json lists no files")
     features = _json_of(path / "dataset_info.json").get("features")
     with progress(f"opening {name}", len(names), "files") as advance:
-        opened: list[_File] = []
+        opened: list[TableFile] = []
         for file in names:
-            opened.append(_Arrow(path / file))
+            opened.append(ArrowFile(path / file))
             advance(1)
     return Tables(name, opened, features, resolution, on_bad_image)
 
@@ -339,7 +238,7 @@ def _json_of(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({error}); save the data set again") from error
 
 
-def _find_columns(file: _File, schema: pa.Schema, features: Any) -> _Columns:
+def _find_columns(file: TableFile, schema: pa.Schema, features: Any) -> _Columns:
     """By the Hugging Face features where there are any, else by type (and the name `label`)."""
     types = {field.name: field.type for field in schema}
     if features is None and (metadata := (schema.metadata or {}).get(b"huggingface")):

@@ -188,7 +188,7 @@ class _Builder:
             if label >= 0:
                 key = (self.key or "").lstrip("/")
                 raise InputError(
-                    f"{self.path}: {key}.cls has no image next to it; pack the entries of a sample one after the other, "
+                    f"{self.path}: {key}.cls has no image next to it; pack a sample's entries one after the other, "
                     "as tar --sort=name does"
                 )
             return
@@ -253,12 +253,15 @@ def _entries_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     if file.read(6).startswith(_COMPRESSED):
         raise InputError(f"{path} is compressed, so its entries cannot be read one by one; unpack it to a plain .tar")
     file.seek(0)
+    size = os.fstat(file.fileno()).st_size
     try:
         tar = tarfile.TarFile(fileobj=file, tarinfo=_Header)
         while (entry := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
             if tar.offset < entry.offset_data:  # type: ignore[attr-defined]
                 raise BadEntry(f"{entry.name} claims {entry.size:,} bytes")
+            if entry.offset_data + entry.size > size:
+                raise BadEntry(f"unexpected end of data in {entry.name}")
             if is_unsafe_name(entry.name):
                 raise InputError(
                     f"{path} holds the unsafe name {entry.name!r}; names in a tar must be relative and free of '..'"
