@@ -76,8 +76,9 @@ def option(help: str, *names: str, metavar: str | None = None, default: str | No
 
 
 SOURCE_HELP = (
-    "digits (1,797 built-in 8x8 images), a folder of images (PNG, JPEG, WebP, BMP; recursive), an EDM data set zip, or an"
-    " .npy/.npz of uint8 images"
+    "digits (1,797 built-in 8x8 images), a folder of images (PNG, JPEG, WebP, BMP; recursive), an EDM data set zip, an"
+    " .npy/.npz of uint8 images, WebDataset .tar files (one, a folder, or a quoted pattern like 's-{000..099}.tar'), or a"
+    " Hugging Face data set (.parquet files, a folder of them, or one by save_to_disk)"
 )
 Force = Annotated[bool, option("replace what is there", "--force")]
 

@@ -133,20 +133,21 @@ class Tables(EncodedSource):
 
 
 def _image(column: pa.Array, i: int, where: str) -> io.BytesIO:
-    value = column[i].as_py()
-    if isinstance(value, dict):
-        data, path = value.get("bytes"), value.get("path")
-        if data is None and path is not None:
+    value = column[i]
+    if isinstance(value, pa.StructScalar):
+        data = value["bytes"].as_buffer() if value.is_valid else None
+        if data is None and (path := (value.as_py() or {}).get("path")) is not None:
             raise InputError(
-                f"{where} holds only the path {str(path)!r} of its image, not its bytes; save the data set again with "
+                f"{where} holds only the path {path!r} of its image, not its bytes; save the data set again with "
                 "datasets' save_to_disk or push_to_hub, which put the files in"
             )
-        value = data
-    if value is None:
+    else:
+        data = value.as_buffer()
+    if data is None:
         raise BadEntry("has no image")
-    if len(value) > MAX_ENTRY_BYTES:
-        raise BadEntry(f"has {len(value):,} bytes, above the limit of {MAX_ENTRY_BYTES:,}")
-    return io.BytesIO(value)
+    if len(data) > MAX_ENTRY_BYTES:
+        raise BadEntry(f"has {len(data):,} bytes, above the limit of {MAX_ENTRY_BYTES:,}")
+    return io.BytesIO(data)
 
 
 def _texts(batch: pa.RecordBatch, kinds: tuple[str, ...], i: int) -> dict[str, str]:
@@ -154,7 +155,7 @@ def _texts(batch: pa.RecordBatch, kinds: tuple[str, ...], i: int) -> dict[str, s
     for kind in kinds:
         data = batch.column(kind)[i].as_buffer()
         if data is not None:
-            texts[kind] = decode_text(data.slice(0, MAX_TEXT_BYTES + 1).to_pybytes(), kind)
+            texts[kind] = decode_text(memoryview(data)[: MAX_TEXT_BYTES + 1].tobytes(), kind)
     return texts
 
 
