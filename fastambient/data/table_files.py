@@ -33,10 +33,14 @@ class TableFile:
     path, stamp : where it lies, and its `file_stamp` when it was opened
     rows : int64 [groups], rows of each
     schema : of its columns
+    types : column -> type
+    images : columns that may hold image files: bytes, or structs with a field `bytes`
     """
 
     rows: np.ndarray
     schema: pa.Schema
+    types: dict[str, pa.DataType]
+    images: list[str]
 
     def __init__(self, path: Path) -> None:
         self.path, self.stamp = path, file_stamp(path, path.name)
@@ -44,6 +48,12 @@ class TableFile:
     def batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The rows of a group in order, `columns` of them."""
         raise NotImplementedError
+
+    def _set_schema(self, schema: pa.Schema) -> None:
+        self.schema, self.types = schema, {field.name: field.type for field in schema}
+        self.images = [name for name, kind in self.types.items() if _holds_images(kind)]
+        if len(self.types) < len(schema):
+            raise InputError(f"{self.path} has two columns of one name, among {', '.join(self.types)}; rename one")
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -62,7 +72,7 @@ class ParquetFile(TableFile):
         with self._reading(), self._open() as file:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             self.rows = np.array([group.num_rows for group in groups], np.int64)
-            self.schema = file.schema_arrow
+            self._set_schema(file.schema_arrow)
         if (self.rows < 0).any():
             raise InputError(f"{path} is damaged: it claims {self.rows.min():,} rows; make or download it again")
 
@@ -95,7 +105,7 @@ class ArrowFile(TableFile):
         rows: list[int] = []
         offsets: list[int] = []
         with self._reading(), pa.memory_map(str(path)) as file:
-            self.schema = pa.ipc.open_stream(file).schema
+            self._set_schema(pa.ipc.open_stream(file).schema)
             while True:
                 at = file.tell()
                 try:
@@ -131,3 +141,10 @@ def _is_compressed(message: bytes) -> bool:
 
     header = field(struct.unpack_from("<I", message)[0], 2)  # Message.header, a table
     return bool(field(header + struct.unpack_from("<I", message, header)[0], 3))  # RecordBatch.compression
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        names = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        return "bytes" in names and _holds_images(names["bytes"])
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

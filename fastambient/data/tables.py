@@ -55,10 +55,14 @@ class Tables(EncodedSource):
     ) -> None:
         super().__init__(name, resolution, on_bad_image)
         self._files = files
-        self._columns = columns = _find_columns(files[0], files[0].schema, features)
+        self._columns = columns = _find_columns(files[0], features)
         for file in files[1:]:
-            if missing := set(columns.all) - set(file.schema.names):
-                raise InputError(f"{file.path} has no column {min(missing)}, which {files[0].path.name} has")
+            for column in columns.all:
+                if (there := file.types.get(column)) != (expected := files[0].types[column]):
+                    kind = f"as {there}" if there else "missing"
+                    raise InputError(
+                        f"{file.path} has the column {column} {kind}, expected {expected} as in {files[0].path.name}"
+                    )
         groups = [(number, group) for number, file in enumerate(files) for group in np.flatnonzero(file.rows)]
         self._groups = np.array(groups, np.int64).reshape(-1, 2)  # file, group in it
         self._starts = np.cumsum([0, *(files[number].rows[group] for number, group in groups)])
@@ -239,54 +243,49 @@ def _json_of(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({error}); save the data set again") from error
 
 
-def _find_columns(file: TableFile, schema: pa.Schema, features: Any) -> _Columns:
+def _find_columns(file: TableFile, features: Any) -> _Columns:
     """By the Hugging Face features where there are any, else by type (and the name `label`)."""
-    types = {field.name: field.type for field in schema}
-    if features is None and (metadata := (schema.metadata or {}).get(b"huggingface")):
+    if features is None and (metadata := (file.schema.metadata or {}).get(b"huggingface")):
         try:
             features = json.loads(metadata)["info"]["features"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{file.path}: its Hugging Face metadata is damaged ({error!r}); save it again") from error
-    known = (
-        {n: f for n, f in features.items() if isinstance(f, dict) and n in types} if isinstance(features, dict) else {}
+    known: dict[str, dict[str, Any]] = {}
+    if isinstance(features, dict):
+        known = {name: f for name, f in features.items() if isinstance(f, dict) and name in file.types}
+    label, class_names = _find_labels(file, known)
+    texts = tuple(name for name, t in file.types.items() if pa.types.is_string(t) or pa.types.is_large_string(t))
+    return _Columns(_find_image(file, known), label, class_names, texts)
+
+
+def _find_image(file: TableFile, known: dict[str, dict[str, Any]]) -> str:
+    images = [name for name, feature in known.items() if feature.get("_type") == "Image"] or file.images
+    if len(images) > 1:
+        images = [name for name in images if name in ("image", "img")] or images
+    if len(images) == 1 and images[0] in file.images:
+        return images[0]
+    found = f"{', '.join(images)}" if len(images) > 1 else f"none among {', '.join(file.types) or 'none'}"
+    raise InputError(
+        f"{file.path} must have one column of images (bytes, or structs of bytes and path), or one called image; "
+        f"found {found}"
     )
 
-    images = [n for n, f in known.items() if f.get("_type") == "Image"] or [
-        n for n, t in types.items() if _holds_images(t)
-    ]
-    if len(images) > 1:
-        images = [n for n in images if n in ("image", "img")] or images
-    if len(images) != 1 or not _holds_images(types[images[0]]):
-        found = (
-            f"{len(images)} ({', '.join(images)})" if len(images) > 1 else f"none among {', '.join(types) or 'none'}"
-        )
-        raise InputError(
-            f"{file.path} must have one column of images (structs of bytes and path, or bytes), or one called image; "
-            f"found {found}"
-        )
-    labels = [n for n, f in known.items() if f.get("_type") == "ClassLabel"]
-    if not known and "label" in types and pa.types.is_integer(types["label"]):
+
+def _find_labels(file: TableFile, known: dict[str, dict[str, Any]]) -> tuple[str | None, list[str] | None]:
+    """(column or None, class names or None)."""
+    labels = [name for name, feature in known.items() if feature.get("_type") == "ClassLabel"]
+    if not known and "label" in file.types and pa.types.is_integer(file.types["label"]):
         labels = ["label"]
+    if not labels:
+        return None, None
+    label = next((name for name in ("label", "labels") if name in labels), labels[0])
     if len(labels) > 1:
-        chosen = next((n for n in ("label", "labels") if n in labels), labels[0])
-        say(f"{file.path.name} has the class labels {', '.join(labels)}: taking {chosen}")
-        labels = [chosen]
-    label = labels[0] if labels else None
-    if label is not None and not pa.types.is_integer(types[label]):
-        raise InputError(f"{file.path}: the class labels in {label} are {types[label]}; expected integers")
-    class_names = known.get(label, {}).get("names") if label is not None else None
-    if class_names is not None and not (
-        isinstance(class_names, list)
-        and 0 < len(class_names) <= MAX_CLASSES
-        and all(isinstance(n, str) for n in class_names)
-    ):
-        raise InputError(f"{file.path}: the class names of {label} are no list of 1 to {MAX_CLASSES:,} names")
-    texts = tuple(n for n, t in types.items() if pa.types.is_string(t) or pa.types.is_large_string(t))
-    return _Columns(images[0], label, class_names, texts)
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        names = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        return "bytes" in names and _holds_images(names["bytes"])
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        say(f"{file.path.name} has the class labels {', '.join(labels)}: taking {label}")
+    if not pa.types.is_integer(file.types[label]):
+        raise InputError(f"{file.path}: the class labels in {label} are {file.types[label]}; expected integers")
+    names = known.get(label, {}).get("names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{file.path}: the class names of {label} are no list of names")
+    if names is not None and not 0 < len(names) <= MAX_CLASSES:
+        raise InputError(f"{file.path}: {label} has {len(names):,} class names; expected 1 to {MAX_CLASSES:,}")
+    return label, names
