@@ -57,6 +57,10 @@ class NoiseMode(str, Enum):
     fixed, fresh = "fixed", "fresh"
 
 
+class LoaderName(str, Enum):
+    auto, resident, dali, workers = "auto", "resident", "dali", "workers"
+
+
 class AugmentAmbient(str, Enum):
     none, reference = "none", "reference"
 
@@ -258,6 +262,16 @@ def train(
             "reference: augment ambient draws as the reference does, which leaks", "--augment-ambient", default="none"
         ),
     ] = None,
+    loader: Annotated[
+        LoaderName | None,
+        option(
+            "how images get to the device: resident (the set in its memory), dali (NVIDIA DALI reads ahead), workers"
+            " (processes read ahead); all give the same images in the same order. auto: resident where the set takes at"
+            " most half of the memory that is free on the GPU, or available to a rank on a CPU; else dali where it is"
+            " installed, else workers",
+            default="auto",
+        ),
+    ] = None,
     assignments: Annotated[
         list[str] | None, option("any setting of the tree; may be repeated", "--set", metavar="section.name=value")
     ] = None,
@@ -274,7 +288,7 @@ def train(
     if resume is not None:
         given = {"--data": data, "--out": out, "--preset": preset, "--config": config, "--sigma-tn": sigma_tn, "--kimg": kimg, "--batch": batch, "--seed": seed,
                  "--noise-seed": noise_seed, "--precision": precision, "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--checkpoint-levels": checkpoint_levels, "--weighting": weighting,
-                 "--noise": noise, "--augment-ambient": augment_ambient, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
+                 "--noise": noise, "--augment-ambient": augment_ambient, "--loader": loader, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
         for name, value in given.items():
             if value is not None and value != []:
                 raise InputError(f"--resume takes everything from the run; leave out {name}")
@@ -284,6 +298,7 @@ def train(
     ranks, device = choose_ranks(gpus, processes)
     fit = batch == "auto"
     options: dict[str, dict[str, Any]] = {
+        "data": {"loader": loader and loader.value},
         "noise": {"sigma_tn": sigma_tn, "weighting": weighting and weighting.value, "mode": noise and noise.value},
         "training": {
             "kimg": kimg, "batch": None if fit or batch is None else parse_batch(batch), "seed": seed, "precision": precision and precision.value, "ranks": ranks, "device": device,

@@ -196,3 +196,17 @@ def summary(readings: Iterable[Reading], *, images: int | None = None) -> dict[s
     if images and readings and len(values := known("joules")) == len(readings):
         found["joules_per_image"] = sum(values) / images
     return found
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """(major, minor) of the newest CUDA that the driver runs, or None where NVML or a driver is not there."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        version = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+    except (pynvml.NVMLError, AttributeError):
+        return None
+    return version // 1000, version % 1000 // 10

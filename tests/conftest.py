@@ -82,7 +82,7 @@ def train_here(path: Path, *, resume: bool = False) -> None:
 def read_stats(path: Path, *, timing: bool = False) -> list[dict[str, Any]]:
     """stats.jsonl, without what a clock says unless asked for."""
     rows = [json.loads(line) for line in (path / "stats.jsonl").read_text().splitlines()]
-    clock = () if timing else ("images_per_second", "tflops", "mfu")
+    clock = () if timing else ("images_per_second", "tflops", "mfu", "data_wait")
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class ShardedArray:
 
     def __init__(self, paths: list[Path], shape: tuple[int, ...], dtype: np.dtype, *, hold: bool = True) -> None:
         self.shape, self.dtype, self._paths = shape, dtype, paths
-        self._held: list[np.ndarray] | None = [] if hold else None
+        self._held: list[np.memmap] | None = [] if hold else None
         self._ends = [0]
         for path in paths:
             shard = _load(path, dtype)
@@ -68,6 +69,10 @@ class ShardedArray:
             where = paths[0].parent if paths else "the store"
             raise InputError(f"{where} holds {self._ends[-1]:,} rows where the manifest says {shape[0]:,}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds names, and the maps are made anew from them."""
+        return ShardedArray, (self._paths, self.shape, self.dtype)
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -76,7 +81,13 @@ class ShardedArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, rows: slice | np.ndarray | list[int]) -> np.ndarray:
-        """A copy of the rows, [n, ...]; IndexError outside 0 .. len - 1 (negative numbers count from the end)."""
+        """A copy of the rows, [n, ...].
+
+        Raises
+        ------
+        IndexError : outside 0 .. len - 1 (negative numbers count from the end)
+        InputError : a file was cut short or removed since it was opened
+        """
         index = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
         if index.ndim != 1 or (len(index) and index.dtype.kind not in "iu"):
             raise IndexError(f"rows are read by a slice or by integers [n], got {index.dtype} {list(index.shape)}")
@@ -87,12 +98,31 @@ class ShardedArray:
         which = np.searchsorted(self._ends, index, side="right") - 1
         for number in np.unique(which):
             here = which == number
-            shard = _load(self._paths[number], self.dtype) if self._held is None else self._held[number]
-            out[here] = shard[index[here] - self._ends[number]]
+            out[here] = self._shard(int(number))[index[here] - self._ends[number]]
         return out
 
+    def _shard(self, number: int) -> np.memmap:
+        """A shard whose file is whole: what a map shows beyond the end of its file is no error that can be caught, it
+        ends the process."""
+        path = self._paths[number]
+        if self._held is None:
+            return _load(path, self.dtype)
+        shard = self._held[number]
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read any more ({error.strerror}); restore it, or prepare the store again"
+            ) from error
+        if size < shard.offset + shard.nbytes:
+            raise InputError(
+                f"{path} was cut short since it was opened: {size:,} bytes of {shard.offset + shard.nbytes:,}; restore"
+                " it, or prepare the store again"
+            )
+        return shard
 
-def _load(path: Path, dtype: np.dtype) -> np.ndarray:
+
+def _load(path: Path, dtype: np.dtype) -> np.memmap:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -38,7 +38,8 @@ def cuda_capture(function: Callable[[], Tensor], device: torch.device) -> Replay
     # The stream is set to what it is, because torch leaves a failed capture with the capture's own stream as current.
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of this thread alone: readers allocate device and pinned memory in others meanwhile (data/loaders.py).
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = function()
     return graph.replay, output
 

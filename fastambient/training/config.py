@@ -37,6 +37,8 @@ class DataSettings:
     on_bad_image: Literal["error", "skip"] = "error"
     xflip: bool = False  # mirror half of the draws, together with their noise
     use_labels: bool = False  # train a class-conditional model
+    loader: Literal["auto", "resident", "dali", "workers"] = "auto"  # changes no number of a run
+    workers: int | None = None  # processes of a rank that read (dali, workers); None: by processors, and as it pays
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,7 @@ def check(settings: Settings) -> None:
     need(d.train is None or d.train >= 1, "data.train", d.train, "1 or more")
     need(d.holdout is None or d.holdout >= 0, "data.holdout", d.holdout, "0 or more")
     check_seed("data.split_seed", d.split_seed)
+    need(d.workers is None or d.workers >= 1, "data.workers", d.workers, "1 or more")
     need(math.isfinite(t.kimg) and t.kimg * 1000 >= 1, "training.kimg", t.kimg, "0.001 (one image) or more")
     need(t.batch >= 1, "training.batch", t.batch, "1 or more")
     need(t.batch_gpu is None or t.batch_gpu >= 1, "training.batch_gpu", t.batch_gpu, "1 or more")

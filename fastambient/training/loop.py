@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fastambient import models
 from fastambient.allocator import keep_freed_memory
 from fastambient.console import duration, program, say, warn
-from fastambient.data.resident import ResidentLoader
+from fastambient.data.loaders import ReadError, Share, choose, make_loader
+from fastambient.data.rows import StoreRows
 from fastambient.data.store import Store
 from fastambient.diffusion.ambient import share_message
 from fastambient.diffusion.edm import EDMDenoiser
@@ -130,13 +131,19 @@ class Trainer:
         self.names = [name for name, _ in self.network.named_parameters()]
         self.optimizer = build_optimizer(self.network, t)
         self.sigma_loss = SigmaLoss(world.device)
-        loader = ResidentLoader(
-            store.train, seed=t.seed, device=world.device, xflip=settings.data.xflip or t.augment > 0,
-            use_noisy=settings.data.noisy != "none" and settings.noise.mode == "fixed",
+        rows = StoreRows(
+            store.train, seed=t.seed, use_noisy=settings.data.noisy != "none" and settings.noise.mode == "fixed"
+        )
+        kind, reason = choose(settings.data.loader, rows, world.device, ranks=world.size)
+        kind = world.text_from_first(kind)  # memory that is free may differ from rank to rank
+        self.loader_line = f"loader {kind}: {reason}"
+        self.loader = make_loader(
+            kind, rows, Share(t.batch, world.rank, world.size), seed=t.seed, device=world.device,
+            xflip=settings.data.xflip or t.augment > 0, workers=settings.data.workers,
         )  # fmt: skip
         self.num_classes = store.num_classes if settings.data.use_labels else 0
         self.step = TrainingStep(
-            self.network, loader, self.optimizer, self.sigma_loss, settings, world,
+            self.network, self.loader, self.optimizer, self.sigma_loss, settings, world,
             num_classes=self.num_classes, noise_seed=run.read_noise_seed(),
         )  # fmt: skip
         self.nimg = 0
@@ -256,6 +263,7 @@ class Trainer:
                 if self.monitor is not None:
                     record = {"nimg": self.nimg} | dataclasses.asdict(result) | {"images_per_second": t.batch / elapsed}
                     del record["stop"], record["line"]
+                    record["data_wait"] = result.data_wait / elapsed
                     self.monitor.step(record | work.rates(elapsed) | gauges)
                     if line:
                         self.monitor.line()
@@ -311,6 +319,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
             f"{trainer.store.resolution}x{trainer.store.resolution}, {world.size} rank(s) on {world.device.type}, "
             f"{s.training.precision}")  # fmt: skip
         say(f"{message}; sigma_data {n.sigma_data:.4g}")
+        say(trainer.loader_line)
         for note in filter(None, (warning, *_notes(s, trainer.store))):
             warn(note)
         if resume:
@@ -327,7 +336,12 @@ def train(path: Path, world: World, *, resume: bool) -> None:
             warn(f"{cost.text}; a smaller --preset or a smaller --kimg takes less")
         else:
             say(cost.text)
-    trainer.train()
+    try:
+        trainer.train()
+    except ReadError as error:
+        raise ReadError(f"{error}; when that is settled, {how_to_resume(path)}") from error
+    finally:
+        trainer.loader.close()
 
 
 def _notes(s: Settings, store: Store) -> list[str]:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastambient.console import duration, say
+from fastambient.console import duration, say, warn
 from fastambient.nvml import Gpu, Reading, summary
 from fastambient.training.distributed import World
 from fastambient.training.run import RunFolder, truncate
 
 SIGMA_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the per-sigma table, roughly even in ln sigma
 _LINE_EVERY_SECONDS = 5.0
+_MUCH_WAITING = 0.1  # of a step, for data: a run is told so once
 _GPU_POINTS = ("gpu_util", "gpu_memory_gb", "gpu_power_w", "gpu_clock_mhz", "gpu_memory_clock_mhz", "joules_per_image")
 
 
@@ -109,6 +110,7 @@ class Monitor:
         self.line_time, self.line_nimg = time.monotonic(), nimg
         self.start_time, self.start_nimg = self.line_time, nimg
         self.recent: list[dict[str, Any]] = []
+        self._may_warn_of_waiting = False  # not of the first line: readers start up
 
     def sizes(self) -> dict[str, int]:
         """How long the logs are, for the checkpoint."""
@@ -140,7 +142,17 @@ class Monitor:
             f"{_gpu_words(self.recent[-1])}  {duration(self._seconds_left(now, nimg))} left"
             + (f"  {bad} non-finite gradients" if bad else "")
         )
-        points = {"loss": loss, "ambient_share": share, "images_per_second": rate, "nonfinite_grads": bad}
+        waiting = mean("data_wait")
+        if self._may_warn_of_waiting and waiting > _MUCH_WAITING:
+            warn(
+                f"{waiting:.0%} of the last steps' time went by waiting for data: the reader is slower than the step;"
+                " more processes (--set data.workers=N), --loader resident if the set fits, or a faster disk help"
+            )
+        self._may_warn_of_waiting = waiting <= _MUCH_WAITING
+        points = {
+            "loss": loss, "ambient_share": share, "images_per_second": rate, "nonfinite_grads": bad,
+            "data_wait": waiting,
+        }  # fmt: skip
         last = {k: v for k, v in self.recent[-1].items() if k in ("lr", "grad_norm") or k in _GPU_POINTS}
         for name, value in (points | rates | last).items():
             self.writer.add_scalar(f"training/{name}", value, nimg)

@@ -16,6 +16,7 @@ import yaml
 
 from fastambient import models
 from fastambient.console import say, warn
+from fastambient.data.loaders import ReadError
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import Source, open_source
 from fastambient.data.store import Store, is_store
@@ -126,7 +127,9 @@ def plan(request: TrainRequest) -> Plan:
 
 
 def _data_bytes(settings: Settings, data: Source | Store) -> int:
-    """Of the training set in a rank's memory; at most, where a source is not split yet."""
+    """Of the training set in a rank's memory; at most, where a source is not split yet or the loader not chosen."""
+    if settings.data.loader in ("dali", "workers"):
+        return 0
     images = len(data.train) if isinstance(data, Store) else settings.data.train or data.length
     noisy = {"none": 0, "float16": 2, "float32": 4}[settings.data.noisy if settings.noise.mode == "fixed" else "none"]
     return images * data.channels * data.resolution**2 * (1 + noisy)
@@ -255,7 +258,7 @@ def _rank(path: str, device: str, resume: bool) -> int:
         leave_world()
         os._exit(stopped.exit_code)  # a plain return would wait for a launcher that is already shutting down
     except FastambientError as error:
-        if world.first:
+        if world.first or isinstance(error, ReadError):  # a reader fails on one rank, all else on every one
             print(f"error: {error}", file=sys.stderr, flush=True)
         # The other ranks wait in a collective that will never come: leave at once, and the launcher ends them.
         os._exit(error.exit_code)

@@ -1,7 +1,7 @@
 """One optimizer step: batch -> noise -> network -> loss -> backward -> optimizer with EMA.
 
-The host fills static memory, launches `iteration` (as one CUDA graph where there is one), prepares the next step's
-batch while the device works, and reads the results back in one piece.
+The host fills static memory with its part of the batch (`data/loaders.py`), launches `iteration` (as one CUDA graph
+where there is one), prepares the next step's part while the device works, and reads the results back in one piece.
 
 Every random number is a function of (seed, position), position = images seen so far + index in the global batch:
 neither the number of ranks nor the micro-batch nor a resume changes a draw.
@@ -10,8 +10,9 @@ neither the number of ranks nor the micro-batch nor a resume changes a draw.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastambient.console import warn
 from fastambient.data.augment import augment
-from fastambient.data.resident import Batch, ResidentLoader
+from fastambient.data.loaders import Batch, Fields, Loader
 from fastambient.diffusion.edm import draw_sigma
 from fastambient.errors import InputError
 from fastambient.training.config import Settings
@@ -40,6 +41,7 @@ class StepResult:
     ambient_share: float  # of this batch's draws
     stop: bool  # some rank was asked to stop
     line: bool  # rank 0 is about to print a line
+    data_wait: float = field(default=0.0, compare=False)  # seconds that this rank's device waited for its batch
 
 
 class TrainingStep:
@@ -48,6 +50,7 @@ class TrainingStep:
     Parameters
     ----------
     network : raw network F with float32 weights, on `world.device`
+    loader : of this rank's share of the batch
     num_classes : label_dim of the network, 0 if unconditional
     noise_seed : the secret of the noise contract
     """
@@ -55,7 +58,7 @@ class TrainingStep:
     def __init__(
         self,
         network: nn.Module,
-        loader: ResidentLoader,
+        loader: Loader,
         optimizer: AdamEMA,
         sigma_loss: SigmaLoss,
         settings: Settings,
@@ -85,10 +88,10 @@ class TrainingStep:
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
-        # Static memory of `iteration`: positions and data set indices; lr, EMA decay, and what this rank was asked for.
-        self.positions, self.index = torch.zeros(2, self.share, dtype=torch.int64, device=world.device)
+        # Static memory of `iteration`: the host's part of a batch; lr, EMA decay, and what this rank was asked for.
+        self.fields = loader.static()
         self.lr, self.ema_beta, *_ = self.numbers = torch.zeros(4, dtype=torch.float64, device=world.device)
-        self._prepared: tuple[int, Tensor] | None = None  # images seen and batch of the step to come
+        self._prepared: tuple[int, Fields] | None = None  # images seen and batch of the step to come
         reason = why_no_graph(settings.training, world)
         self.run: Callable[[], Tensor] = self.iteration
         if reason is None:
@@ -99,28 +102,32 @@ class TrainingStep:
     def __call__(self, nimg: int, *, stop: bool = False, line: bool = False) -> StepResult:
         t = self.settings.training
         lr, beta = learning_rate(nimg, t), ema_beta(nimg + t.batch, t)
+        asked = time.perf_counter()
         prepared = self._prepared
         batch = prepared[1] if prepared is not None and prepared[0] == nimg else self._prepare(nimg)
-        for static, values in zip((self.positions, self.index), batch, strict=True):
-            static.copy_(values, non_blocking=True)
+        waited = time.perf_counter() - asked
+        self.loader.fill(self.fields, batch)
         numbers = _pinned(torch.tensor([lr, beta, stop, line], dtype=torch.float64), self.world)
         self.numbers.copy_(numbers, non_blocking=True)
         for group in self.optimizer.param_groups:  # a restored optimizer has a copy
             group["lr"] = self.lr
+        clock = _Clock(self.world.device)
         results = self.run()
+        clock.launched()
         self._prepared = nimg + t.batch, self._prepare(nimg + t.batch)  # while the device works
+        clock.prepared()
         results = results.cpu()  # the step's one wait for the device
+        waited += clock.device_waited()
         bins, (draws, stops, lines, norm, bad) = results[:-5].view(2, -1), results[-5:].tolist()
         self.sigma_loss.sums += bins
         return StepResult(
-            float(bins[0].sum()) / t.batch, lr, norm, int(bad), draws / t.batch, stop=stops > 0, line=lines > 0
-        )
+            float(bins[0].sum()) / t.batch, lr, norm, int(bad), draws / t.batch, stop=stops > 0, line=lines > 0,
+            data_wait=waited,
+        )  # fmt: skip
 
-    def _prepare(self, nimg: int) -> Tensor:
-        """Positions and data set indices of the step after `nimg` images: int64 [2, share] on the host."""
-        first = nimg + self.world.rank * self.share
-        positions = torch.arange(first, first + self.share)
-        return _pinned(torch.stack([positions, self.loader.index(positions)]), self.world)
+    def _prepare(self, nimg: int) -> Fields:
+        """The host's part of this rank's batch of the step after `nimg` images."""
+        return self.loader.host(nimg)
 
     def iteration(self) -> Tensor:
         """The device's part of a step: reads static memory, waits for nothing, and can be captured in a CUDA graph.
@@ -138,7 +145,7 @@ class TrainingStep:
             last = start + self.micro == self.share
             part = slice(start, start + self.micro)
             with contextlib.nullcontext() if last or world.size == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                sigma, loss = self.forward(self.positions[part], self.index[part])
+                sigma, loss = self.forward(self.loader.batch(self.fields, part))
                 # Sums over pixels, mean over the batch; DDP then takes the mean over ranks.
                 (loss.sum() / self.share).backward()
             binned = self.sigma_loss.bin(sigma, loss.detach())
@@ -151,10 +158,9 @@ class TrainingStep:
         assert norm is not None and bad is not None
         return torch.cat([sums, norm.double()[None], bad.double()[None]])
 
-    def forward(self, positions: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(sigma [N], loss [N]) of the global batch's `positions` (int64 [N]); `index` as `ResidentLoader.batch`'s."""
-        n, t = self.settings.noise, self.settings.training
-        batch = self.loader.batch(positions, index)
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sigma [N], loss [N]) of a batch."""
+        n, t, positions = self.settings.noise, self.settings.training, batch.positions
         sigma = draw_sigma(positions, seed=self.seed, P_mean=n.P_mean, P_std=n.P_std)
         images, flips, augment_labels = self._augmented(batch, sigma)
         # Fresh noise is the fixed noise of an image that is new at every draw.
@@ -198,6 +204,38 @@ class TrainingStep:
             return images, batch.flips, labels
         mirrored = torch.where(batch.flips.view(-1, 1, 1, 1), images.flip(3), images)
         return mirrored, torch.zeros_like(batch.flips), labels
+
+
+class _Clock:
+    """How long the device had nothing to do because the next batch was not there yet.
+
+    A CPU works before the batch is prepared, so that it waits for all of the preparing; a GPU meanwhile, so that it
+    waits for what the host was longer at it than the device at its step. Read after the results: nothing more is waited
+    for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.began = time.perf_counter()
+        if self.on_gpu:
+            self.first, self.last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.first.record()
+
+    def launched(self) -> None:
+        if self.on_gpu:
+            self.last.record()
+        self.after = time.perf_counter()
+
+    def prepared(self) -> None:
+        self.ready = time.perf_counter()
+
+    def device_waited(self) -> float:
+        """Seconds."""
+        preparing = self.ready - self.after
+        if not self.on_gpu:
+            return preparing
+        busy = self.first.elapsed_time(self.last) / 1e3
+        return min(preparing, max(0.0, self.ready - self.began - busy))
 
 
 def _pinned(host: Tensor, world: World) -> Tensor:
