@@ -30,7 +30,7 @@ from baselines import BaselineStep
 from floor import Floor, measure
 from torch import Tensor, nn
 
-from fastambient.data.resident import Batch
+from fastambient.data import Batch
 from fastambient.diffusion.edm import draw_sigma
 from fastambient.models.layers import Dropout
 from fastambient.models.presets import PRESETS
@@ -95,7 +95,7 @@ class without_dropout:
 def draws(trainer: Trainer, positions: Tensor) -> tuple[Batch, Tensor, tuple[Tensor, Tensor]]:
     """(batch, sigma [N], (fixed, fresh) noise as flipped) that the trainer's step takes at `positions`."""
     s = trainer.settings
-    batch = trainer.step.loader.batch(positions)
+    batch = trainer.step.loader.at(positions)
     shape, numel = batch.images.shape, batch.images[0].numel()
     fixed, fresh = (
         torch.where(batch.flips[:, None, None, None], z.flip(3), z)
@@ -115,7 +115,7 @@ def agreement(trainer: Trainer, other: BaselineStep) -> float:
     losses, gradients = [], []
     with without_dropout(trainer.network, other.network):
         for network, loss_of in (
-            (trainer.network, lambda: trainer.step.forward(positions)[1]),
+            (trainer.network, lambda: trainer.step.forward(batch)[1]),
             (other.network, lambda: other.loss(batch.images, batch.flips, sigma, noises)),
         ):
             network.zero_grad(set_to_none=True)  # what a step before left
@@ -209,7 +209,7 @@ def main() -> None:
             sys.exit(f"{size} fits no competitor; no time is reported")
 
         positions = torch.arange(batch, device=device)
-        pictures = trainer.step.loader.batch(positions)
+        pictures = trainer.step.loader.at(positions)
         works: dict[str, protocol.Work] = {"ours": ours}
         for name, other in others.items():
             works[name] = lambda other=other: other(pictures.images, pictures.flips)

@@ -58,7 +58,7 @@ def test_replays_are_steps_bit_for_bit(tmp_path, assignments):
         asked = {"stop": nimg == 24, "line": nimg == 40}
         results += [plain.step(nimg, **asked), graphed.step(nimg, **asked)]
         assert results[-1] == results[-2]
-        assert plain.step.positions.tolist() == list(range(nimg, nimg + 8)), "not the batch that was prepared"
+        assert plain.step.fields["positions"].tolist() == list(range(nimg, nimg + 8)), "not the batch that was prepared"
         assert results[-1].stop == asked["stop"] and results[-1].line == asked["line"]
     assert captures == [torch.device("cpu")]
     assert len({r.loss for r in results}) == 8 and len({r.lr for r in results}) > 4
@@ -73,11 +73,12 @@ def test_a_replay_reads_static_memory_alone(tmp_path):
     step, seen = trainer.step, []
     for nimg in (0, 8):
         step(nimg)
-        seen.append([t.data_ptr() for t in (step.positions, step.index, step.lr, step.ema_beta, step.numbers)])
+        seen.append([t.data_ptr() for t in (*step.fields.values(), step.lr, step.ema_beta, step.numbers)])
         assert trainer.optimizer.param_groups[0]["lr"].data_ptr() == step.lr.data_ptr()
     assert seen[0] == seen[1]
-    assert step.positions.tolist() == list(range(8, 16))
-    assert torch.equal(step.index, step.loader.index(step.positions))
+    positions = step.fields["positions"]
+    assert positions.tolist() == list(range(8, 16))
+    assert torch.equal(step.fields["index"], step.loader.rows.index(positions))
 
 
 class NoHost(TorchFunctionMode):
@@ -116,7 +117,7 @@ def test_a_capture_that_fails_half_way_changes_nothing(tmp_path, capsys):
 
     def broken(function, device):
         graphed.optimizer.zero_grad()
-        sigma, loss = graphed.step.forward(graphed.step.positions)
+        sigma, loss = graphed.step.forward(graphed.step.loader.batch(graphed.step.fields))
         loss.sum().backward()  # gradients lie in the memory of a graph that there will never be
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 

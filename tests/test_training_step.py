@@ -139,7 +139,7 @@ def test_augmentation_leaves_the_ambient_regime_alone(tmp_path):
     """Clean draws are warped, ambient ones only mirrored together with their noise; `reference` warps both."""
     common = ("training.augment=1", "noise.sigma_tn=0.2", "training.batch=64")
     trainer = Trainer(RunFolder(make_run(tmp_path / "a", *common)), World())
-    batch = trainer.step.loader.batch(torch.arange(64))
+    batch = trainer.step.loader.at(torch.arange(64))
     sigma = torch.tensor([0.1, 0.5]).repeat(32)
     images, flips, labels = trainer.step._augmented(batch, sigma)
     x0 = batch.images.float() / 127.5 - 1
@@ -169,8 +169,8 @@ def test_a_step_is_algorithm_1(tmp_path, noisy, mode, weighting):
             return F
 
     step.parallel = Spy()
-    sigma, loss = step.forward(positions)
-    batch = step.loader.batch(positions)
+    batch = step.loader.at(positions)
+    sigma, loss = step.forward(batch)
     torch.testing.assert_close(sigma.log(), -0.9 + 1.3 * normal(positions, 1, seed=3, stream=2)[:, 0])
     x0 = batch.images / 127.5 - 1
     names, seed = (batch.ids, 77) if mode == "fixed" else (positions, 3)
@@ -194,7 +194,7 @@ def test_the_clean_image_of_an_ambient_draw_reaches_nothing(tmp_path, augment):
     """Next to the noised copy the picture itself may be any other: inputs and losses stay bit for bit."""
     common = (f"training.augment={augment}", "data.xflip=true", "data.noisy=float32", "noise.sigma_tn=0.2")
     trainer = Trainer(RunFolder(make_run(tmp_path / "run", *common, "training.batch=64")), World())
-    original, positions, seen = trainer.step.loader.batch, torch.arange(64), []
+    batch, seen = trainer.step.loader.at(torch.arange(64)), []
 
     class Spy(nn.Module):
         def forward(self, x, *args, **kwargs):
@@ -202,17 +202,10 @@ def test_the_clean_image_of_an_ambient_draw_reaches_nothing(tmp_path, augment):
             return torch.ones_like(x)
 
     trainer.step.parallel = Spy()
-    sigma, loss = trainer.step.forward(positions)
+    sigma, loss = trainer.step.forward(batch)
     ambient = sigma >= 0.2
-
-    def another(positions, index=None):
-        batch = original(positions, index)
-        return dataclasses.replace(
-            batch, images=torch.where(ambient.view(-1, 1, 1, 1), 255 - batch.images, batch.images)
-        )
-
-    trainer.step.loader.batch = another
-    _, loss_of_others = trainer.step.forward(positions)
+    others = torch.where(ambient.view(-1, 1, 1, 1), 255 - batch.images, batch.images)
+    _, loss_of_others = trainer.step.forward(dataclasses.replace(batch, images=others))
     assert 16 < ambient.sum() < 56
     assert torch.equal(seen[0], seen[1]) and torch.equal(loss, loss_of_others)
 
@@ -228,19 +221,14 @@ def test_fresh_noise_is_new_at_every_draw_and_fixed_is_not(tmp_path):
                 return torch.zeros_like(x, requires_grad=True)
 
         trainer.step.parallel = Spy()
-        loader = trainer.step.loader.batch
-        first = loader(torch.arange(8))
+        first = trainer.step.loader.at(torch.arange(8))
         # the same images at other positions, at sigma = sigma_tn, where no fresh noise is added
         import fastambient.training.step as step
 
         original, step.draw_sigma = step.draw_sigma, lambda positions, **_: torch.full((8,), 80.0)
         try:
             for shift in (0, 1000):
-                moved = torch.arange(8) + shift
-                trainer.step.loader.batch = lambda p, _: type(first)(
-                    first.images, first.ids, first.flips, None, p, None
-                )
-                trainer.step.forward(moved)
+                trainer.step.forward(dataclasses.replace(first, positions=torch.arange(8) + shift))
         finally:
             step.draw_sigma = original
         assert torch.equal(seen[0], seen[1]) == (mode == "fixed")

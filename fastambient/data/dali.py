@@ -10,7 +10,6 @@ nvJPEG decodes, which may round some of them to a neighbour.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
 import sys
@@ -36,8 +35,7 @@ def missing(device: torch.device) -> str | None:
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         return f"DALI runs on Linux on {' and '.join(_MACHINES)}, this is {sys.platform} on {platform.machine()}"
     try:
-        module = importlib.import_module("nvidia.dali")
-        built_for = int(str(module.__cuda_version__)[:2])
+        built_for = int(str(_import().__cuda_version__)[:2])  # 13492 is 13.4.92
     except (ImportError, AttributeError) as error:
         return _what_to_install(error)
     if device.type == "cuda":
@@ -49,6 +47,19 @@ def missing(device: torch.device) -> str | None:
                 f" nvidia-dali-cuda{driver[0]}0, or a newer driver"
             )
     return None
+
+
+def _import() -> Any:
+    import nvidia.dali
+
+    return nvidia.dali
+
+
+def need_dali(device: torch.device) -> None:
+    """InputError where DALI does not run."""
+    reason = missing(device)
+    if reason is not None:
+        raise InputError(f"--loader dali: {reason}; or use --loader workers")
 
 
 def _what_to_install(error: Exception) -> str:
@@ -88,9 +99,7 @@ class DaliLoader(StreamingLoader):
         self, rows: Rows, share: Share, *, seed: int, device: torch.device | str, xflip: bool, workers: int | None = None
     ) -> None:
         super().__init__(rows, share, seed=seed, device=device, xflip=xflip)
-        reason = missing(self.device)
-        if reason is not None:
-            raise InputError(f"--loader dali: {reason}; or use --loader workers")
+        need_dali(self.device)
         self.threads = cpus(share.ranks)
         self.workers = (0 if getattr(rows, "memory_mapped", False) else self.threads) if workers is None else workers
 

@@ -180,17 +180,17 @@ class Reader:
         self._ready: queue.Queue[Fields | BaseException] = queue.Queue(_AHEAD)
         self._failed: BaseException | None = None
         stop = threading.Event()
-        thread = threading.Thread(target=_read_ahead, args=(stream, self._ready, stop), daemon=True, name="reader")
+        self.thread = threading.Thread(target=_read_ahead, args=(stream, self._ready, stop), daemon=True, name="reader")
         # Also when it is forgotten or the program ends: a thread that holds CUDA memory must not outlive the library.
-        self._end = weakref.finalize(self, _end, thread, stop)
-        thread.start()
+        self._end = weakref.finalize(self, _end, self.thread, stop)
+        self.thread.start()
 
     def next(self) -> Fields:
         """The next batch; waits for it. ReadError where the stream failed."""
         found = self._failed or self._ready.get()
         if isinstance(found, BaseException):
             self._failed = found  # nothing follows it: asked again, say so again
-            raise ReadError(f"the training set cannot be read on: {found}") from found
+            raise ReadError(f"the training set cannot be read on: {str(found) or type(found).__name__}") from found
         self.nimg += self._batch
         return found
 

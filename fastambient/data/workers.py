@@ -77,16 +77,20 @@ def _stream(rows: Rows, share: Share, nimg: int, workers: int) -> Iterator[Field
     with warnings.catch_warnings():  # of more processes than processors, which may be asked for
         warnings.simplefilter("ignore")
         batches = iter(loader)
-    try:
-        for k in itertools.count():
+    for k in itertools.count():
+        try:
             found = next(batches)
-            if isinstance(found, FastambientError):
-                raise found
-            yield {"positions": share.positions(nimg + k * share.batch)} | found
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise FastambientError(
-            f"a reading process ended ({str(error).splitlines()[0]}): it was killed, for want of memory or of shared"
-            " memory (/dev/shm) perhaps; use fewer with --set data.workers=N, or --loader dali"
-        ) from error
+        except (RuntimeError, EOFError, OSError) as error:  # the last two where it ended while it handed a batch over
+            raise FastambientError(_what_happened(error)) from error
+        if isinstance(found, FastambientError):
+            raise found
+        yield {"positions": share.positions(nimg + k * share.batch)} | found
+
+
+def _what_happened(error: Exception) -> str:
+    if str(error).startswith("Caught "):  # in a process that goes on: the text of a traceback
+        return f"in a reading process: {str(error).strip().splitlines()[-1]}"
+    return (
+        f"a reading process ended ({str(error).partition(chr(10))[0] or type(error).__name__}): it was killed, for want"
+        " of memory or of shared memory (/dev/shm) perhaps; use fewer with --set data.workers=N, or --loader dali"
+    )

@@ -110,7 +110,7 @@ class Monitor:
         self.line_time, self.line_nimg = time.monotonic(), nimg
         self.start_time, self.start_nimg = self.line_time, nimg
         self.recent: list[dict[str, Any]] = []
-        self._may_warn_of_waiting = False  # not of the first line: readers start up
+        self._waiting_said: bool | None = None  # None: no line yet, whose steps had to wait for readers to start
 
     def sizes(self) -> dict[str, int]:
         """How long the logs are, for the checkpoint."""
@@ -143,12 +143,13 @@ class Monitor:
             + (f"  {bad} non-finite gradients" if bad else "")
         )
         waiting = mean("data_wait")
-        if self._may_warn_of_waiting and waiting > _MUCH_WAITING:
+        if self._waiting_said is False and waiting > _MUCH_WAITING:
             warn(
                 f"{waiting:.0%} of the last steps' time went by waiting for data: the reader is slower than the step;"
                 " more processes (--set data.workers=N), --loader resident if the set fits, or a faster disk help"
             )
-        self._may_warn_of_waiting = waiting <= _MUCH_WAITING
+            self._waiting_said = True
+        self._waiting_said = bool(self._waiting_said)
         points = {
             "loss": loss, "ambient_share": share, "images_per_second": rate, "nonfinite_grads": bad,
             "data_wait": waiting,

@@ -16,6 +16,7 @@ import yaml
 
 from fastambient import models
 from fastambient.console import say, warn
+from fastambient.data.dali import need_dali
 from fastambient.data.loaders import ReadError
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import Source, open_source
@@ -113,6 +114,8 @@ def plan(request: TrainRequest) -> Plan:
         )
     if t.optimizer == "apex":
         need_apex(torch.device(t.device))
+    if settings.data.loader == "dali":
+        need_dali(torch.device(t.device))
     with torch.device("meta"):  # a network that cannot be built is found before anything is written
         models.build(network_config(settings, channels=data.channels, num_classes=data.num_classes))
     if request.fit:
