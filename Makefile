@@ -4,6 +4,7 @@
 #   bench-kernels    the operators against eager, torch's fused pieces and torch.compile
 #   bench-step       one training step of PRESET against the reference's way, and the strong baseline on a GPU
 #   bench-sampling   a batch of samples of PRESET, SAMPLER=heun or dpmpp-2m
+#   bench-data       the three loaders against the reference's way, and how long a training step waits for data
 #   loss-curve       2,000 steps of digits: does the fast path learn what the reference's arrangement learns?
 #   gpu-suite        all of it on a GPU in MINUTES=8; DEVICE=cpu SCALE=tiny is the rehearsal, and measures nothing
 #   tables           the tables of docs/performance.md, from the rows
@@ -23,7 +24,7 @@ MINUTES ?= 8
 SOURCES := $(wildcard kernels/csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: install quickstart test test-slow test-gpu lint format bench-kernels bench-step \
-        bench-sampling loss-curve gpu-suite tables reproduce-digits clean
+        bench-sampling bench-data loss-curve gpu-suite tables reproduce-digits clean
 
 install: $(STAMP)
 
@@ -66,6 +67,9 @@ bench-step: $(STAMP)
 
 bench-sampling: $(STAMP)
 	$(BIN)/python benchmarks/sampling_latency.py --preset $(PRESET) --sampler $(SAMPLER)
+
+bench-data: $(STAMP)
+	$(BIN)/python benchmarks/data_loading.py
 
 loss-curve: $(STAMP)
 	$(BIN)/python benchmarks/loss_curve.py --plot docs/loss-curve.svg

@@ -84,6 +84,7 @@ class Row:
     )
     mfu: float | None = None  # ours: FLOP a second over that of the network's products alone in this run
     memory: dict[str, float] | None = None  # bytes of ours alone: predicted, measured
+    rates: dict[str, float] | None = None  # of loaders: images a second, microseconds of CPU time an image; both sides'
 
 
 class Times(dict[str, list[float]]):
@@ -204,7 +205,7 @@ def _plain(row: Row) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in _OPTIONAL or v is not None}
 
 
-_OPTIONAL = ("gpu", "mfu", "memory")
+_OPTIONAL = ("gpu", "mfu", "memory", "rates")
 
 
 def write_json(file: Path, device: torch.device, rows: Sequence[Mapping[str, Any]], **more: Any) -> str:
@@ -215,10 +216,13 @@ def write_json(file: Path, device: torch.device, rows: Sequence[Mapping[str, Any
     return text
 
 
-def write(rows: list[Row], arguments: argparse.Namespace, *, results: str) -> None:
-    """Print the table; write the rows to ``DIR/results-device.json`` and, if asked for, to a file of the user's."""
+def write(
+    rows: list[Row], arguments: argparse.Namespace, *, results: str, more: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Print the table; write the rows, and `more` of another form, to ``DIR/results-device.json`` and, if asked for, to
+    a file of the user's."""
     device = arguments.device
-    text = write_json(arguments.out / f"{results}-{device.type}.json", device, [_plain(row) for row in rows])
+    text = write_json(arguments.out / f"{results}-{device.type}.json", device, [*map(_plain, rows), *more])
     if arguments.json is not None:
         arguments.json.write_text(text)
     found = json.loads(text)

@@ -29,7 +29,7 @@ class Target:
 
     device: str  # stands in the device's name
     work: str
-    field: str  # ratio, floor_fraction, mfu or share
+    field: str  # ratio, floor_fraction, mfu, share or working
     value: float
     competitor: str = ""
     size: str = ""
@@ -58,6 +58,9 @@ TARGETS = (
     Target(_CPU, "adam_ema", "ratio", 3.0, "eager", "62.8M/547"),
     Target(_CPU, "adam_ema", "ratio", 1.4, "fused-torch", "62.8M/547"),
     Target(_CPU, "adam_ema", "floor_fraction", 1.2, "", "62.8M/547"),
+    Target(_CPU, "load 64 dali", "ratio", 10.0, "reference-loader"),
+    Target(_CPU, "gather 64", "floor_fraction", 0.60, "", "batch 512, .*"),
+    Target(_CPU, "wait cifar10-ddpmpp .*", "working", 0.99),
 )
 
 
@@ -84,13 +87,13 @@ def aimed_at(row: Row, fields: Sequence[str]) -> str:
     return ", ".join(said) or "-"
 
 
-_NAMES = {"floor_fraction": "floor", "mfu": "MFU", "share": "share"}
+_NAMES = {"floor_fraction": "floor", "mfu": "MFU", "share": "share", "working": "working"}
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "work": lambda r: r["work"],
     "size": lambda r: r.get("size", ""),
     "against": lambda r: r["competitor"],
     "ratio": lambda r: f"{r['ratio']:.2f}x",
-    "target": lambda r: aimed_at(r, ("ratio", "floor_fraction", "mfu", "share")),
+    "target": lambda r: aimed_at(r, ("ratio", "floor_fraction", "mfu", "share", "working")),
     "ours, ms": lambda r: f"{r['ms']:.4g}",
     "theirs, ms": lambda r: f"{r['ms_competitor']:.4g}",
     "spread": lambda r: f"{r['spread']:.0%}",
@@ -105,6 +108,11 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "two seeds": lambda r: f"{r['band']:.1e}",
     "over the band": lambda r: f"{r['deviation_over_band']:.2g}",
     "inside": lambda r: "yes" if r["inside"] else "no",
+    "images/s": lambda r: _rate(r, "images_per_second"),
+    "theirs, images/s": lambda r: _rate(r, "reference_images_per_second"),
+    "CPU us/image": lambda r: _rate(r, "cpu_us"),
+    "theirs, CPU us/image": lambda r: _rate(r, "reference_cpu_us"),
+    "waiting": lambda r: f"{r['share']:.2%}",
     "agree to 1e-3": lambda r: f"{r['steps_within_1e-3']} steps",
 }
 _TIMES = ("against", "ratio", "target", "ours, ms", "theirs, ms", "spread", "floor / ours")
@@ -112,6 +120,11 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {  # name: pattern of the work,
     "step": ("train .*", ("work", "size", *_TIMES, "MFU", "memory / planned, GiB", "agreement")),
     "profile": ("profile .*", ("work", "size", "operator", "share", "target", "ms")),
     "sampling": ("sample .*", ("work", "size", *_TIMES, "MFU", "agreement")),
+    "loading": (
+        "(load|gather) .*",
+        ("work", "size", *_TIMES, "images/s", "theirs, images/s", "CPU us/image", "theirs, CPU us/image"),
+    ),
+    "waiting": ("wait .*", ("work", "size", "waiting", "target", "ms")),
     "kernels": (_STREAMING, ("work", "size", *_TIMES, "agreement")),
     "loss": (
         "loss .*",
@@ -122,6 +135,11 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {  # name: pattern of the work,
 
 def _memory(memory: Mapping[str, float] | None) -> str:
     return "-" if memory is None else " / ".join(f"{memory[k] / 2**30:.2f}" for k in ("measured", "predicted"))
+
+
+def _rate(row: Row, name: str) -> str:
+    rates = row.get("rates")
+    return "-" if rates is None else f"{rates[name]:,.0f}" if rates[name] >= 100 else f"{rates[name]:.3g}"
 
 
 def table(name: str, rows: Iterable[Row]) -> str:

@@ -100,12 +100,12 @@ class DaliLoader(StreamingLoader):
     ) -> None:
         super().__init__(rows, share, seed=seed, device=device, xflip=xflip)
         need_dali(self.device)
+        self.names = list(rows.fetch(rows.index(torch.arange(1)).numpy()))
         self.threads = cpus(share.ranks)
         self.workers = (0 if getattr(rows, "memory_mapped", False) else self.threads) if workers is None else workers
 
     def stream(self, nimg: int) -> Iterator[Fields]:
-        names = list(self.rows.fetch(self.rows.index(self.share.positions(nimg)[:1]).numpy()))
-        return _stream(_Source(self.rows, self.share, nimg, names), self.device, self.threads, self.workers)
+        return _stream(_Source(self.rows, self.share, nimg, self.names), self.device, self.threads, self.workers)
 
 
 class _Source:
