@@ -86,7 +86,7 @@ class ReferenceSet(Dataset):
             self._zip = zipfile.ZipFile(self.path)
         with self._zip.open(f"{k:06d}.png") as file:
             image = np.array(Image.open(file)).transpose(2, 0, 1)
-        rng = np.random.RandomState(k)  # noqa: NPY002  # the noise is fixed by the picture's number
+        rng = np.random.RandomState(k)  # the noise is fixed by the picture's number
         noise = (SIGMA_TN * rng.randn(*image.shape)).astype(np.float32)
         mask = np.full((1, 1, 1), rng.rand() < 0.5, np.float32)
         if rng.rand() < 0.5:
@@ -107,7 +107,9 @@ class Endless:
 
 
 @contextlib.contextmanager
-def reference(path: Path, store: Store, images: int, batch: int, device: torch.device) -> Iterator[Callable[[], object]]:
+def reference(
+    path: Path, store: Store, images: int, batch: int, device: torch.device
+) -> Iterator[Callable[[], object]]:
     """A call that takes the next batch to the device."""
     loader = DataLoader(
         ReferenceSet(path, store.train.labels[:images]), batch_size=batch, sampler=Endless(images),  # type: ignore[arg-type,index]
@@ -115,7 +117,7 @@ def reference(path: Path, store: Store, images: int, batch: int, device: torch.d
     )  # fmt: skip
     batches = iter(loader)
     yield lambda: [tensor.to(device, non_blocking=True) for tensor in next(batches)]
-    del batches
+    batches = iter(())  # its processes end with it
 
 
 @contextlib.contextmanager
@@ -182,7 +184,7 @@ def measure(
     batch: int, device: torch.device, rounds: int, seconds: float,
 ) -> tuple[protocol.Times, dict[str, float]]:  # fmt: skip
     """(seconds a batch of each way in each round, CPU seconds an image)."""
-    times, spent = protocol.Times(openers), {name: 0.0 for name in openers}
+    times, spent = protocol.Times(openers), dict.fromkeys(openers, 0.0)
     count = dict.fromkeys(openers, 0)
     for _ in range(max(5, rounds)):
         for name, opener in openers.items():
@@ -201,9 +203,7 @@ def measure(
     return times, {name: spent[name] / count[name] for name in openers}
 
 
-def load_rows(
-    size: int, arguments: argparse.Namespace, kinds: list[str], rate: float
-) -> list[protocol.Row]:
+def load_rows(size: int, arguments: argparse.Namespace, kinds: list[str], rate: float) -> list[protocol.Row]:
     device, batch = arguments.device, arguments.batch
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

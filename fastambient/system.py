@@ -13,7 +13,8 @@ import torch
 
 from fastambient_kernels import _native, _registration
 
-_PACKAGES = ("fastambient", "torch", "triton", "numpy", "safetensors", "pillow", "scikit-learn", "scipy")
+_PACKAGES = ("fastambient", "torch", "triton", "numpy", "safetensors", "pillow", "scikit-learn", "scipy",
+             "nvidia-dali-cuda130", "nvidia-dali-cuda120")  # fmt: skip
 # Operator -> module of its Triton kernels.
 _OPERATORS = {
     "ambient_noise": "ambient_triton",

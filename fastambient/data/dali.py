@@ -43,8 +43,8 @@ def missing(device: torch.device) -> str | None:
         if driver is not None and driver[0] < built_for:
             return (
                 f"the DALI installed here is for CUDA {built_for} and the GPU's driver is for CUDA"
-                f" {driver[0]}.{driver[1]}: pip uninstall nvidia-dali-cuda{built_for}0, and install"
-                f" nvidia-dali-cuda{driver[0]}0, or a newer driver"
+                f" {driver[0]}.{driver[1]}: pip uninstall nvidia-dali-cuda{built_for}0, then pip install"
+                f" --force-reinstall nvidia-dali-cuda{driver[0]}0; or install a newer driver"
             )
     return None
 
@@ -96,7 +96,14 @@ class DaliLoader(StreamingLoader):
     """
 
     def __init__(
-        self, rows: Rows, share: Share, *, seed: int, device: torch.device | str, xflip: bool, workers: int | None = None
+        self,
+        rows: Rows,
+        share: Share,
+        *,
+        seed: int,
+        device: torch.device | str,
+        xflip: bool,
+        workers: int | None = None,
     ) -> None:
         super().__init__(rows, share, seed=seed, device=device, xflip=xflip)
         need_dali(self.device)
@@ -143,14 +150,12 @@ def _stream(source: _Source, device: torch.device, threads: int, workers: int) -
 
 def _pipeline(source: _Source, device: torch.device, threads: int, workers: int) -> Any:
     """A built pipeline whose outputs are those of `source`, with images in the place of JPEG files."""
-    from nvidia.dali import fn, pipeline_def, types
+    dali: Any = _import()
+    fn, types, on_gpu = dali.fn, dali.types, device.type == "cuda"
 
-    on_gpu = device.type == "cuda"
-    index = (device.index or 0) if on_gpu else None
-
-    @pipeline_def(
-        batch_size=source.share.size, num_threads=threads, device_id=index, prefetch_queue_depth=_DEPTH,
-        py_num_workers=max(workers, 1), py_start_method="spawn", seed=0,
+    @dali.pipeline_def(
+        batch_size=source.share.size, num_threads=threads, device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=_DEPTH, py_num_workers=max(workers, 1), py_start_method="spawn", seed=0,
     )  # fmt: skip
     def define() -> tuple[Any, ...]:
         parallel = {"parallel": True, "prefetch_queue_depth": _DEPTH} if workers else {}

@@ -238,6 +238,7 @@ def choose(name: str, rows: Rows, device: torch.device, *, ranks: int = 1) -> tu
         return name, "as asked for"
     if hasattr(rows, "nbytes"):
         size = cast(SizedRows, rows).nbytes
+        free: int | None
         if device.type == "cuda":
             free, where = torch.cuda.mem_get_info(device)[0], "is free on the GPU"
         else:

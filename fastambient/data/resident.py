@@ -24,9 +24,7 @@ class ResidentLoader(Loader):
     FastambientError : the device's memory does not suffice
     """
 
-    def __init__(
-        self, rows: SizedRows, share: Share, *, seed: int, device: torch.device | str, xflip: bool
-    ) -> None:
+    def __init__(self, rows: SizedRows, share: Share, *, seed: int, device: torch.device | str, xflip: bool) -> None:
         super().__init__(rows, share, seed=seed, device=device, xflip=xflip)
         try:
             self.held = _to_device(rows, self.device)

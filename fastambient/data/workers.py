@@ -30,7 +30,14 @@ class WorkersLoader(StreamingLoader):
     """
 
     def __init__(
-        self, rows: Rows, share: Share, *, seed: int, device: torch.device | str, xflip: bool, workers: int | None = None
+        self,
+        rows: Rows,
+        share: Share,
+        *,
+        seed: int,
+        device: torch.device | str,
+        xflip: bool,
+        workers: int | None = None,
     ) -> None:
         super().__init__(rows, share, seed=seed, device=device, xflip=xflip)
         self.workers = workers or min(MOST, cpus(share.ranks))
