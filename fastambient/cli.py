@@ -61,6 +61,10 @@ class LoaderName(str, Enum):
     auto, resident, dali, workers = "auto", "resident", "dali", "workers"
 
 
+class Regime(str, Enum):
+    both, ambient = "both", "ambient"
+
+
 class AugmentAmbient(str, Enum):
     none, reference = "none", "reference"
 
@@ -262,6 +266,13 @@ def train(
             "reference: augment ambient draws as the reference does, which leaks", "--augment-ambient", default="none"
         ),
     ] = None,
+    clean: Annotated[
+        str | None, option("clean images beside a --data that was handed out", metavar="STORE", default="none")
+    ] = None,
+    regime: Annotated[
+        Regime | None,
+        option("ambient: the levels from sigma_tn on alone, for a hand-out without --clean", default="both"),
+    ] = None,
     loader: Annotated[
         LoaderName | None,
         option(
@@ -288,7 +299,7 @@ def train(
     if resume is not None:
         given = {"--data": data, "--out": out, "--preset": preset, "--config": config, "--sigma-tn": sigma_tn, "--kimg": kimg, "--batch": batch, "--seed": seed,
                  "--noise-seed": noise_seed, "--precision": precision, "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--checkpoint-levels": checkpoint_levels, "--weighting": weighting,
-                 "--noise": noise, "--augment-ambient": augment_ambient, "--loader": loader, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
+                 "--noise": noise, "--augment-ambient": augment_ambient, "--clean": clean, "--regime": regime, "--loader": loader, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
         for name, value in given.items():
             if value is not None and value != []:
                 raise InputError(f"--resume takes everything from the run; leave out {name}")
@@ -298,8 +309,8 @@ def train(
     ranks, device = choose_ranks(gpus, processes)
     fit = batch == "auto"
     options: dict[str, dict[str, Any]] = {
-        "data": {"loader": loader and loader.value},
-        "noise": {"sigma_tn": sigma_tn, "weighting": weighting and weighting.value, "mode": noise and noise.value},
+        "data": {"loader": loader and loader.value, "clean": clean},
+        "noise": {"sigma_tn": sigma_tn, "weighting": weighting and weighting.value, "mode": noise and noise.value, "regime": regime and regime.value},
         "training": {
             "kimg": kimg, "batch": None if fit or batch is None else parse_batch(batch), "seed": seed, "precision": precision and precision.value, "ranks": ranks, "device": device,
             "checkpoint_kimg": checkpoint_kimg, "checkpoint_levels": checkpoint_levels, "augment_ambient": augment_ambient and augment_ambient.value,

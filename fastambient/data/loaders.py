@@ -55,6 +55,7 @@ class Batch:
     labels: Tensor | None  # int64 [N], class labels
     positions: Tensor  # int64 [N], images seen so far + index in the global batch
     x_n: Tensor | None  # float16 or float32 [N, C, H, W], the precomputed noised images
+    clean: Tensor | None = None  # bool [N], false where `images` is nothing and x_n alone may be used; None: all true
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Loader:
             images=fields["images"][part], ids=fields["ids"][part], flips=self.flips(positions), positions=positions,
             labels=fields["labels"][part] if "labels" in fields else None,
             x_n=fields["x_n"][part] if "x_n" in fields else None,
+            clean=fields["clean"][part] if "clean" in fields else None,
         )  # fmt: skip
 
     def at(self, positions: Tensor) -> Batch:

@@ -128,7 +128,7 @@ class _Small:
 
     def __init__(self, images: Images, rows: np.ndarray) -> None:
         self.rows = rows
-        self.grey = np.concatenate([grey for grey in self._read(images, rows)])
+        self.grey = np.concatenate(list(self._read(images, rows)))
 
     @staticmethod
     def _read(images: Images, rows: np.ndarray) -> Iterator[np.ndarray]:

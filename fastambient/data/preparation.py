@@ -26,6 +26,7 @@ from fastambient.console import progress, say, warn
 from fastambient.data.decoding import Decoded, decode, has_progress
 from fastambient.data.handout import random_ids, shuffle, system_normal
 from fastambient.data.items import Source
+from fastambient.data.mixed import noised
 from fastambient.data.near_duplicates import MIN_RESOLUTION, join_groups, near_duplicate_groups
 from fastambient.data.shards import Written, write_npy
 from fastambient.data.split import MIN_SIDE, split
@@ -33,7 +34,6 @@ from fastambient.data.store import FORMAT, NOISY, VERSION, Store, is_store
 from fastambient.data.text import line_offsets, write_texts
 from fastambient.errors import FastambientError, InputError, check_seed
 from fastambient.files import refuse_existing, resumable_folder, sha256_file, write_bytes, write_json
-from fastambient_kernels.noise import Stream, normal
 
 SHARD_BYTES = 256 << 20
 DEDUP = ("off", "keep", "drop")
@@ -317,15 +317,13 @@ class _Writer:
             say(f"{len(rows):,} images in {len(groups):,} groups of near-duplicates, {fate}: see {file.name}")
 
     def _noised(self, rows: np.ndarray) -> np.ndarray:
-        """x_n = x0 + sigma_tn * eps, by the same float32 operations as the noise operator's."""
-        r, x0 = self.request, torch.from_numpy(self.decoded.images[rows]).float() / 127.5 - 1
+        """x_n = x0 + sigma_tn * eps; eps is the system's in a hand-out."""
+        r, images = self.request, self.decoded.images[rows]
         assert r.sigma_tn is not None
-        if r.noise_seed is None:  # a hand-out
-            eps = system_normal(x0.shape)
-        else:
-            ids = torch.from_numpy(self.decoded.ids[rows])
-            eps = normal(ids, x0[0].numel(), seed=r.noise_seed, stream=Stream.FIXED).view_as(x0)
-        return (x0 + r.sigma_tn * eps).numpy()
+        if r.noise_seed is not None:
+            return noised(images, self.decoded.ids[rows], r.sigma_tn, r.noise_seed)
+        x0 = torch.from_numpy(images).float() / 127.5 - 1
+        return (x0 + r.sigma_tn * system_normal(x0.shape)).numpy()
 
 
 def _shards(stem: str, rows: np.ndarray, row_bytes: int, shard_bytes: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -74,7 +74,9 @@ class StoreRows:
             raise InputError(
                 "the store holds no noised images; prepare it with --sigma-tn S --noisy float16 or float32"
             )
-        self.split, self.seed = split, seed
+        if split.images is None:
+            raise InputError("the store was handed out: it holds no clean image")
+        self.split, self.seed, self.images = split, seed, split.images
         self.noisy = split.noisy if use_noisy else None
         _, channels, height, width = split.images.shape
         self.shape = (channels, height, width)
@@ -91,7 +93,7 @@ class StoreRows:
         return dataset_indices(positions, len(self.split), seed=self.seed)
 
     def fetch(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        found = {"images": self.split.images[index], "ids": self.split.ids[index]}
+        found = {"images": self.images[index], "ids": self.split.ids[index]}
         if self.split.labels is not None:
             found["labels"] = self.split.labels[index]
         if self.noisy is not None:

@@ -35,10 +35,12 @@ def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype | type, pieces
     digest, size, rows = hashlib.sha256(), 0, 0
     temporary = path.with_name(f".{path.name}.part")
     with open(temporary, "wb") as file:
-        for data in itertools.chain([header.getvalue()], (np.ascontiguousarray(p, dtype) for p in pieces)):
-            if isinstance(data, np.ndarray):
-                rows += len(data)
-                data = data.reshape(-1).view(np.uint8).data if data.size else b""
+        for piece in itertools.chain([None], pieces):
+            if piece is None:
+                data = header.getvalue()
+            else:
+                data = np.ascontiguousarray(piece, dtype).tobytes()
+                rows += len(piece)
             file.write(data)
             digest.update(data)
             size += len(data)

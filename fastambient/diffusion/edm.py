@@ -5,12 +5,14 @@ Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generati
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastambient_kernels import Stream, normal
+from fastambient_kernels.noise import uniform
 
 
 class EDMDenoiser(nn.Module):
@@ -58,6 +60,16 @@ class EDMDenoiser(nn.Module):
         return (c_skip * x + c_out * F.to(s.dtype)).to(x.dtype)
 
 
-def draw_sigma(positions: Tensor, *, seed: int | Tensor, P_mean: float = -1.2, P_std: float = 1.2) -> Tensor:
-    """Noise levels of a training batch, ln sigma ~ N(P_mean, P_std^2) (EDM, Table 1): float32 [N] for int64 [N]."""
+def draw_sigma(
+    positions: Tensor, *, seed: int | Tensor, P_mean: float = -1.2, P_std: float = 1.2, above: float = 0.0
+) -> Tensor:
+    """Noise levels of a training batch, ln sigma ~ N(P_mean, P_std^2) (EDM, Table 1): float32 [N] for int64 [N].
+
+    above : sigma_tn, to draw from the ambient regime alone: the distribution on condition that sigma >= above
+    """
+    if above > 0:  # by the inverse of the distribution's tail
+        tail = 0.5 * math.erfc((math.log(above) - P_mean) / P_std / math.sqrt(2))
+        u = uniform(positions, 1, seed=seed, stream=Stream.SIGMA)[:, 0].double()
+        z = -torch.special.ndtri(tail * (1 - u))
+        return torch.exp(P_mean + P_std * z).float().clamp(min=above)
     return torch.exp(P_mean + P_std * normal(positions, 1, seed=seed, stream=Stream.SIGMA)[:, 0])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -75,7 +74,7 @@ def evaluate_run(
         )
     e = settings.evaluation
     flips = e.flips or settings.data.xflip
-    train, holdout = (np.asarray(side.images[:]) for side in (store.train, store.holdout))
+    train, holdout = (images[:] for images in (store.train.images, store.holdout.images))
     check_sets(train, holdout, flips=flips)
     target = out or run.metrics
     beside = (lambda part: target.with_name(f"{target.stem}-{part}")) if out else (lambda part: path / part)

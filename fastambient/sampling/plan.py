@@ -18,6 +18,10 @@ def chosen_settings(
 ) -> SamplingSettings:
     """`settings`, or else what the weights file says, with the `changes` that are not None; checked."""
     chosen = settings or SamplingSettings(**denoiser.metadata.get("sampling", {}))
+    noise = denoiser.metadata.get("noise", {})
+    if noise.get("regime") == "ambient" and (noise.get("sigma_tn") or 0.0) > chosen.sigma_min:
+        # Never trained below: what the last step gives is the mean of the pictures behind x at sigma_tn.
+        chosen = dataclasses.replace(chosen, sigma_min=noise["sigma_tn"])
     chosen = dataclasses.replace(chosen, **{name: value for name, value in changes.items() if value is not None})
     check_sampling(chosen, options=True)
     return chosen

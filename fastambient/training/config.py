@@ -37,6 +37,7 @@ class DataSettings:
     on_bad_image: Literal["error", "skip"] = "error"
     xflip: bool = False  # mirror half of the draws, together with their noise
     use_labels: bool = False  # train a class-conditional model
+    clean: str | None = None  # STORE of clean images beside a hand-out
     loader: Literal["auto", "resident", "dali", "workers"] = "auto"  # changes no number of a run
     workers: int | None = None  # processes of a rank that read (dali, workers); None: by processors, and as it pays
 
@@ -66,6 +67,7 @@ class NoiseSettings:
     P_mean: float = -1.2  # ln sigma ~ N(P_mean, P_std^2)
     P_std: float = 1.2
     weighting: Literal["paper", "unit"] = "paper"
+    regime: Literal["both", "ambient"] = "both"  # ambient: sigma >= sigma_tn alone, for a hand-out without clean images
     mode: Literal["fixed", "fresh"] = "fixed"  # fresh: new noise at every draw, an ablation that undoes the method
 
 

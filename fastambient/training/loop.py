@@ -22,7 +22,6 @@ from fastambient import models
 from fastambient.allocator import keep_freed_memory
 from fastambient.console import duration, program, say, warn
 from fastambient.data.loaders import ReadError, Share, choose, make_loader
-from fastambient.data.rows import StoreRows
 from fastambient.data.store import Store
 from fastambient.diffusion.ambient import share_message
 from fastambient.diffusion.edm import EDMDenoiser
@@ -33,6 +32,7 @@ from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
 from fastambient.training import checkpoint
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
+from fastambient.training.data import training_rows
 from fastambient.training.distributed import World
 from fastambient.training.estimate import estimate_run, work_of
 from fastambient.training.monitor import Monitor, SigmaLoss, gpu_fields, peak_memory
@@ -131,9 +131,8 @@ class Trainer:
         self.names = [name for name, _ in self.network.named_parameters()]
         self.optimizer = build_optimizer(self.network, t)
         self.sigma_loss = SigmaLoss(world.device)
-        rows = StoreRows(
-            store.train, seed=t.seed, use_noisy=settings.data.noisy != "none" and settings.noise.mode == "fixed"
-        )
+        noise_seed = run.read_noise_seed()
+        rows = training_rows(settings, store, run.open_clean(), noise_seed)
         kind, reason = choose(settings.data.loader, rows, world.device, ranks=world.size)
         kind = world.text_from_first(kind)  # memory that is free may differ from rank to rank
         self.loader_line = f"loader {kind}: {reason}"
@@ -144,7 +143,7 @@ class Trainer:
         self.num_classes = store.num_classes if settings.data.use_labels else 0
         self.step = TrainingStep(
             self.network, self.loader, self.optimizer, self.sigma_loss, settings, world,
-            num_classes=self.num_classes, noise_seed=run.read_noise_seed(),
+            num_classes=self.num_classes, noise_seed=noise_seed,
         )  # fmt: skip
         self.nimg = 0
         self.seconds = 0.0  # of the run so far, over all resumes

@@ -46,6 +46,7 @@ class RunFolder:
         self.store = path / "store"
         self._noise_seed = path / "noise_seed"
         self._store_sha256 = path / "store_sha256"
+        self._clean_sha256 = path / "clean_sha256"
 
     @staticmethod
     def new_name(parent: Path = Path("runs")) -> Path:
@@ -71,17 +72,26 @@ class RunFolder:
         """The store this run trains on: its own, or the one that config.yaml names."""
         return self.store if self.store.is_dir() else Path(self.read_settings().data.source)
 
-    def pin_store(self, store: Store) -> None:
-        """Remember which store lies outside: another split or another noised copy must not take its place."""
-        write_bytes(self._store_sha256, f"{sha256_file(store.path / 'manifest.json')}\n".encode())
+    def pin_store(self, store: Store, clean: Store | None = None) -> None:
+        """Remember which stores lie outside: another split or another noised copy must not take their place."""
+        for file, pinned in ((self._store_sha256, store), (self._clean_sha256, clean)):
+            if pinned is not None:
+                write_bytes(file, f"{sha256_file(pinned.path / 'manifest.json')}\n".encode())
 
     def open_store(self, *, verify: bool = True) -> Store:
         """The store of this run. InputError where another one lies in its place by now: its noise would be a second
         observation of every picture, and images that were held out would train."""
-        store = Store.open(self.store_path, verify=verify)
-        if self._store_sha256.is_file():
-            pinned = self._store_sha256.read_text(encoding="ascii", errors="replace").strip()
-            if pinned != sha256_file(store.path / "manifest.json"):
+        return self._unchanged(Store.open(self.store_path, verify=verify), self._store_sha256)
+
+    def open_clean(self, *, verify: bool = True) -> Store | None:
+        """The store of clean images beside a hand-out, or None; errors as `open_store`'s."""
+        path = self.read_settings().data.clean
+        return None if path is None else self._unchanged(Store.open(path, verify=verify), self._clean_sha256)
+
+    def _unchanged(self, store: Store, pinned: Path) -> Store:
+        if pinned.is_file():
+            expected = pinned.read_text(encoding="ascii", errors="replace").strip()
+            if expected != sha256_file(store.path / "manifest.json"):
                 raise InputError(
                     f"{store.path} is not the store that {self.path} was started on: it was prepared anew since;"
                     " put that one back, or start another run"

@@ -27,6 +27,7 @@ from fastambient.files import new_folder, refuse_existing
 from fastambient.processes import die_with_parent
 from fastambient.training import checkpoint
 from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
+from fastambient.training.data import check_hand_out, open_clean, training_rows
 from fastambient.training.distributed import (
     World,
     inside_launcher,
@@ -61,6 +62,7 @@ class Plan:
     settings: Settings
     data: Source | Store
     noise_seed: int | None
+    clean: Store | None = None  # beside a hand-out
 
 
 def plan(request: TrainRequest) -> Plan:
@@ -87,6 +89,7 @@ def plan(request: TrainRequest) -> Plan:
         check_sigma_tn(early.noise.sigma_tn, early.sampling.sigma_max)
     d = early.data
     data: Source | Store
+    clean: Store | None = None
     if is_store(d.source):
         data = Store.open(d.source)
         wanted = {"resolution": data.resolution, "train": len(data.train), "holdout": len(data.holdout)}
@@ -103,6 +106,11 @@ def plan(request: TrainRequest) -> Plan:
     if isinstance(data, Store):
         settings = _agree_with_store(settings, data, asked_sigma_tn=early.noise.sigma_tn, noise_seed=request.noise_seed)
         check(settings)
+        check_hand_out(settings, data)
+        clean = open_clean(settings)
+        training_rows(settings, data, clean, noise_seed=0)
+    elif d.clean is not None or settings.noise.regime == "ambient":
+        raise InputError("--clean and --regime ambient are for a store that was handed out (prepare --hand-out)")
     if settings.data.use_labels and not data.num_classes:
         raise InputError(f"data.use_labels: {settings.data.source} has no class labels")
     t = settings.training
@@ -126,7 +134,7 @@ def plan(request: TrainRequest) -> Plan:
         )
         say(found)
         settings = settings.with_values({"training": {"batch_gpu": micro}}, where="--batch auto")
-    return Plan(settings, data, request.noise_seed)
+    return Plan(settings, data, request.noise_seed, clean)
 
 
 def _data_bytes(settings: Settings, data: Source | Store) -> int:
@@ -153,6 +161,8 @@ def _agree_with_store(
             f"--sigma-tn {asked_sigma_tn:g}: the noised copy in {store.path} was made at sigma_tn {store.sigma_tn:g};"
             " prepare another store, or leave the option out"
         )
+    if noise_seed is not None and store.hand_out:
+        raise InputError(f"--noise-seed: {store.path} was handed out, its noise has no seed; leave the option out")
     if noise_seed is not None and noise_seed != store.noise_seed:
         raise InputError(
             f"--noise-seed: the noised copy in {store.path} was made with another seed; leave the option out"
@@ -172,9 +182,18 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
         d, n = plan.settings.data, plan.settings.noise
         if isinstance(plan.data, Store):
             store = plan.data
-            run.pin_store(store)
-            seed = store.noise_seed if plan.noise_seed is None else plan.noise_seed
-            if plan.noise_seed is None and n.mode == "fixed" and n.sigma_tn and n.sigma_tn != store.sigma_tn:
+            run.pin_store(store, plan.clean)
+            if store.hand_out:  # its own noise is nobody's
+                seed = plan.clean.noise_seed if plan.clean is not None else 0
+            else:
+                seed = store.noise_seed if plan.noise_seed is None else plan.noise_seed
+            if (
+                plan.noise_seed is None
+                and not store.hand_out
+                and n.mode == "fixed"
+                and n.sigma_tn
+                and n.sigma_tn != store.sigma_tn
+            ):
                 warn(  # which runs there are is not known, and the noise contract has no place for sigma_tn
                     f"the noise seed of {store.path} serves every run on it, and who has an image noised at"
                     f" {n.sigma_tn:g} and at another sigma_tn has the image: give runs at several levels a"
@@ -188,8 +207,13 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
             )  # fmt: skip
             seed = store.noise_seed
             source = d.source if not Path(d.source).exists() else str(Path(d.source).resolve())
-        filled = {
-            "data": {"source": source, "train": len(store.train), "holdout": len(store.holdout)},
+        filled: dict[str, dict[str, Any]] = {
+            "data": {
+                "source": source,
+                "train": len(store.train),
+                "holdout": len(store.holdout),
+                "clean": None if plan.clean is None else str(plan.clean.path.resolve()),
+            },
             "noise": {"sigma_data": store.sigma_data if n.sigma_data is None else n.sigma_data},
         }
         run.write_settings(plan.settings.with_values(filled, where="data"))

@@ -161,7 +161,10 @@ class TrainingStep:
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sigma [N], loss [N]) of a batch."""
         n, t, positions = self.settings.noise, self.settings.training, batch.positions
-        sigma = draw_sigma(positions, seed=self.seed, P_mean=n.P_mean, P_std=n.P_std)
+        above = (n.sigma_tn or 0.0) if n.regime == "ambient" else 0.0
+        sigma = draw_sigma(positions, seed=self.seed, P_mean=n.P_mean, P_std=n.P_std, above=above)
+        if batch.clean is not None:  # no image without a clean one below sigma_tn, however the host rounded
+            sigma = torch.where(batch.clean, sigma, sigma.clamp(min=n.sigma_tn))
         images, flips, augment_labels = self._augmented(batch, sigma)
         # Fresh noise is the fixed noise of an image that is new at every draw.
         ids, noise_seed = (batch.ids, self.noise_seed) if n.mode == "fixed" else (positions, self.seed)
