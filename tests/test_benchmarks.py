@@ -24,6 +24,7 @@ from fastambient.nvml import Reading
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import baselines
+import data_loading
 import floor
 import gpu_suite
 import loss_curve
@@ -287,6 +288,46 @@ def test_tables_take_up_new_rows_with_their_targets(tmp_path):
         tables.render("<!-- step: begin -->", found)
     with pytest.raises(ValueError, match="speed: not one of step, profile"):
         tables.render("<!-- speed: begin --><!-- speed: end -->", found)
+
+
+def test_no_time_is_taken_of_a_loader_that_gives_other_bytes(tmp_path, monkeypatch):
+    store, cpu = data_loading.make_store(tmp_path, 8, 32), torch.device("cpu")
+    data_loading.make_zip(store, tmp_path / "set.zip", 16)
+    data_loading.check(store, tmp_path, ["resident"], 8, cpu, 16)
+    samples = data_loading.ReferenceSet(tmp_path / "set.zip", store.train.labels)
+    (image, noise, mask, label), again = samples[3], samples[3]
+    assert np.array_equal(noise, again[1]) and 0.8 < noise.std() < 1.2 and label == store.train.labels[3]
+    assert image.dtype == np.uint8 and mask.shape == (1, 1, 1)
+    rows = data_loading.StoreRows(store.train, seed=1, use_noisy=True)
+    other = data_loading.make_loader("resident", rows, data_loading.Share(8), seed=1, device=cpu, xflip=True)
+    monkeypatch.setattr(data_loading, "opened", lambda *_: other)
+    with pytest.raises(SystemExit, match="resident: images differ"):
+        data_loading.check(store, tmp_path, ["resident"], 8, cpu, 16)
+    other_folder = tmp_path / "other"
+    other_folder.mkdir()
+    data_loading.make_zip(data_loading.make_store(other_folder, 8, 20), tmp_path / "set.zip", 16)
+    with pytest.raises(SystemExit, match="reference-loader: picture 0 differs"):
+        data_loading.check(store, tmp_path, [], 8, cpu, 16)
+
+
+@pytest.mark.slow
+def test_loading_is_measured(tmp_path, monkeypatch, capsys):
+    options = "--device cpu --pixels 8 --images 64 --batch 16 --seconds 0.05 --wait-preset digits".split()
+    monkeypatch.setattr(sys, "argv", ["data_loading.py", *options, "--out", str(tmp_path)])
+    data_loading.main()
+    rows = json.loads((tmp_path / "data_loading-cpu.json").read_text())["rows"]
+    kinds = [kind for kind in data_loading.LOADERS if f"load 8 {kind}" in {row["work"] for row in rows}]
+    assert {"resident", "workers"} <= set(kinds)
+    assert [row["work"] for row in rows] == [
+        *(f"load 8 {k}" for k in kinds),
+        "gather 8",
+        *(f"wait digits {k}" for k in kinds),
+    ]
+    for row in rows[: len(kinds)]:
+        assert row["rates"]["images_per_second"] > 0 and row["rates"]["reference_cpu_us"] > 0
+    assert all(0 <= row["share"] < 1 and row["share"] + row["working"] == 1 for row in rows[-len(kinds) :])
+    assert "| load 8 resident |" in tables.table("loading", tables.read_rows(tmp_path))
+    assert "| wait digits workers |" in tables.table("waiting", tables.read_rows(tmp_path))
 
 
 def test_a_suite_goes_on_after_a_failure(tmp_path, capsys):

@@ -6,7 +6,9 @@ computed here, once, and the processes are sent row numbers: an epoch's order is
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -71,8 +73,11 @@ class _Fetched(Dataset):
 
 
 def _begin(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; which batch is the last one is the trainer's to say."""
+    """Ctrl-C reaches every process of a terminal; which batch is the last one is the trainer's to say. And a process
+    that is no longer needed ends at once: an orderly end, while its queue's thread still hands a batch over in torch's
+    C++ code, is an abort that says so on the terminal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    atexit.register(os._exit, 0)
 
 
 def _stream(rows: Rows, share: Share, nimg: int, workers: int) -> Iterator[Fields]:
