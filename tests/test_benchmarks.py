@@ -312,7 +312,20 @@ def test_no_time_is_taken_of_a_loader_that_gives_other_bytes(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_loading_is_measured(tmp_path, monkeypatch, capsys):
-    options = "--device cpu --pixels 8 --images 64 --batch 16 --seconds 0.05 --wait-preset digits".split()
+    options = [
+        "--device",
+        "cpu",
+        "--pixels",
+        "8",
+        "--images",
+        "64",
+        "--batch",
+        "16",
+        "--seconds",
+        "0.05",
+        "--wait-preset",
+        "digits",
+    ]
     monkeypatch.setattr(sys, "argv", ["data_loading.py", *options, "--out", str(tmp_path)])
     data_loading.main()
     rows = json.loads((tmp_path / "data_loading-cpu.json").read_text())["rows"]

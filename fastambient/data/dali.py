@@ -138,7 +138,9 @@ def _stream(source: _Source, device: torch.device, threads: int, workers: int) -
     for iteration in range(sys.maxsize):
         try:
             outputs = pipeline.run()
-        except RuntimeError as error:  # of DALI itself, or with the text of what happened in one of its processes
+        except FastambientError:  # of the source, in this thread
+            raise
+        except Exception as error:  # of DALI itself, or with the text of what happened in one of its processes
             raise FastambientError(f"DALI: {_gist(error)}") from error
         fields = {"positions": source.positions(iteration)}
         for name, output in zip(names, outputs, strict=True):
