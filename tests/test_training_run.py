@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastambient.data.sources import open_source
-from fastambient.data.store import prepare
+from fastambient.data.preparation import prepare
 from fastambient.errors import FastambientError, InputError
 from fastambient.evaluation.run import evaluate_run
 from fastambient.pictures import grid
