@@ -117,12 +117,15 @@ class EncodedSource(Source):
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         for entry in self._entries(*self._span(start, stop)):
             try:
-                image = use_image(entry.open, lambda image: self._array(image, entry.where), whole=True)  # noqa: B023
-                item = Item(entry.row, entry.name, image, entry.label, entry.text())
+                item = Item(entry.row, entry.name, self._decode(entry), entry.label, entry.text())
             except BadEntry as error:
                 self._bad(entry.name, entry.where, error)
             else:
                 yield item
+
+    def _decode(self, entry: Entry) -> np.ndarray:
+        """uint8 [C, H, W] of an image file; BadEntry where it cannot be used."""
+        return use_image(entry.open, lambda image: self._array(image, entry.where), whole=True)
 
     def _array(self, image: Image.Image, where: str) -> np.ndarray:
         if self._own_size:

@@ -86,7 +86,7 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
             return _open_folder(path, resolution, on_bad_image)
         if not path.exists():
             if re.search(r"[*?\[]|\{.*\}", str(spec)):
-                return _open_shards(Path(spec).name, _expand(str(spec)), resolution, on_bad_image)
+                return _open_shards(Path(spec).name, expand(str(spec)), resolution, on_bad_image)
             if re.match(r"\w+://|pipe:", str(spec)):
                 raise InputError(f"{spec} is a URL; sources are read from files: download it first")
             hint = did_you_mean(str(spec), ["digits"])
@@ -163,10 +163,10 @@ def _tables() -> ModuleType:
         ) from error
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Path]:
     """The files of a pattern, in its order: {a,b} and {000..123} as in a shell, then * ? [ ], sorted."""
     paths: dict[Path, None] = {}
-    for name in _braces(pattern):
+    for name in expand_braces(pattern):
         found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
         if not found or not Path(found[0]).exists():
             raise InputError(f"{name} of the pattern {pattern} does not exist; restore it, or name what is there")
@@ -174,7 +174,8 @@ def _expand(pattern: str) -> list[Path]:
     return list(paths)
 
 
-def _braces(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
+    """All names of a pattern with {a,b} and {000..123}, in its order."""
     if (match := re.search(r"\{([^{}]*)\}", pattern)) is None:
         yield pattern
         return
@@ -182,4 +183,4 @@ def _braces(pattern: str) -> Iterator[str]:
     if span := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
         choices = (f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1))
     for choice in choices:
-        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
+        yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])

@@ -52,7 +52,9 @@ class _Places(NamedTuple):
     size: np.ndarray  # uint32 [n]
 
 
-class _Shard(NamedTuple):
+class Shard(NamedTuple):
+    """The index of a shard."""
+
     path: Path
     name: str
     stamp: tuple[str, int, int]
@@ -73,11 +75,11 @@ class Tars(EncodedSource):
     def __init__(self, name: str, paths: list[Path], resolution: int | None, on_bad_image: str) -> None:
         super().__init__(name, resolution, on_bad_image)
         base = os.path.commonpath([path.absolute().parent for path in paths])
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
         with progress(f"looking through {name}", sum(path.stat().st_size for path in paths), "bytes") as advance:
             for path in paths:
                 shard_name = Path(os.path.relpath(path.absolute(), base)).as_posix()
-                self._shards.append(_index(path, shard_name, self._bad, advance))
+                self._shards.append(index_shard(path, shard_name, self._bad, advance))
         self._starts = np.cumsum([0, *(len(shard.labels) for shard in self._shards)])
         self.length = int(self._starts[-1])
         if not self.length:
@@ -114,8 +116,8 @@ class Tars(EncodedSource):
                 for i in range(max(start - offset, 0), min(stop - offset, len(shard.labels))):
                     name = shard.image_name(i)
                     yield Entry(
-                        offset + i, f"{shard.name}: {name}", f"{shard.path}: {name}", partial(_image, file, shard, i),
-                        int(shard.labels[i]), partial(_texts, file, shard, i),
+                        offset + i, f"{shard.name}: {name}", f"{shard.path}: {name}",
+                        partial(read_image, file, shard, i), int(shard.labels[i]), partial(_texts, file, shard, i),
                     )  # fmt: skip
 
     def _stamps(self, start: int, stop: int) -> Iterable[tuple[str, int, int]]:
@@ -124,11 +126,12 @@ class Tars(EncodedSource):
                 yield file_stamp(shard.path, shard.name)
 
 
-def _image(file: BinaryIO, shard: _Shard, i: int) -> BinaryIO:
+def read_image(file: BinaryIO, shard: Shard, i: int) -> BinaryIO:
+    """The encoded image of sample i of a shard whose file is open."""
     return io.BytesIO(_read(file, int(shard.images.at[i]), int(shard.images.size[i])))
 
 
-def _texts(file: BinaryIO, shard: _Shard, i: int) -> dict[str, str]:
+def _texts(file: BinaryIO, shard: Shard, i: int) -> dict[str, str]:
     found = {kind: (int(places.at[i]), int(places.size[i])) for kind, places in shard.texts.items()}
     return {
         kind: decode_text(_read(file, at, min(size, MAX_TEXT_BYTES + 1)), f".{kind}")
@@ -205,7 +208,7 @@ class _Builder:
             at.append(here)
             sizes.append(min(size, 2**32 - 1))
 
-    def build(self, stamp: tuple[str, int, int]) -> _Shard:
+    def build(self, stamp: tuple[str, int, int]) -> Shard:
         self.close()
         keys = np.sort(np.frombuffer(self.keys, np.int64))
         if (keys[1:] == keys[:-1]).any():
@@ -218,13 +221,15 @@ class _Builder:
             for kind, (at, sizes) in self.places.items()
             if not kind or any(here >= 0 for here in at)
         }
-        return _Shard(
+        return Shard(
             self.path, self.shard_name, stamp, places.pop(""), np.frombuffer(self.labels, np.int32), places,
             bytes(self.names), np.frombuffer(self.name_ends, np.int64),
         )  # fmt: skip
 
 
-def _index(path: Path, name: str, bad: Callable[[str, str, BadEntry], None], advance: Callable[[int], None]) -> _Shard:
+def index_shard(
+    path: Path, name: str, bad: Callable[[str, str, BadEntry], None], advance: Callable[[int], None]
+) -> Shard:
     """The index of a shard; `bad` is told of an image that is left out."""
     stamp, builder, told = file_stamp(path, name), _Builder(path, bad, name), 0
     with open(path, "rb") as file:
