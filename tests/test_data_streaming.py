@@ -8,13 +8,14 @@ import os
 import pickle
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastambient.data import downloads, image_id, open_source
+from fastambient.data import downloads, image_id, open_source, streaming
 from fastambient.data.shard_index import write_index
 from fastambient.data.streaming import ShardStream
 from fastambient.errors import InputError
@@ -42,6 +43,16 @@ def entries(first: int, count: int, labelled: bool = True, size: int = 16):
         yield f"{number:05d}.png", picture(number, size)
         if labelled:
             yield f"{number:05d}.cls", str(number % 4).encode()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+
+
+def copied(stream: ShardStream) -> ShardStream:
+    """As another process gets it."""
+    return pickle.loads(pickle.dumps(stream))  # noqa: S301 - made on the same line
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +91,7 @@ def test_a_window_holds_whole_shards_and_mixes_them(shards):
     rows = ShardStream(shards, seed=1, window=2).index(torch.arange(N))
     shard = np.repeat(np.arange(len(COUNTS)), COUNTS)[rows.numpy()]
     start = 0
-    for number in range(4):
+    for _ in range(4):
         here = list(dict.fromkeys(shard[start:]))[:2]
         size = sum(COUNTS[s] for s in here)
         assert set(shard[start : start + size]) == set(here)
@@ -96,10 +107,10 @@ def test_order_is_pure(shards):
     every = ShardStream(shards, seed=9, window=3).index(torch.arange(5 * N))
     positions = torch.tensor([4 * N + 1, 3, 2 * N - 1, 2 * N, 0, 17, 3])
     assert torch.equal(ShardStream(shards, seed=9, window=3).index(positions), every[positions])
-    stream = pickle.loads(pickle.dumps(ShardStream(shards, seed=9, window=3)))
+    stream = copied(ShardStream(shards, seed=9, window=3))
     batch = 12
     for ranks in (1, 4):
-        streams = [stream, *(pickle.loads(pickle.dumps(stream)) for _ in range(ranks - 1))]
+        streams = [stream, *(copied(stream) for _ in range(ranks - 1))]
         share = batch // ranks
         seen = [
             one.index(torch.arange(nimg + r * share, nimg + (r + 1) * share))
@@ -127,6 +138,21 @@ def test_samples_are_those_of_a_source(shards, resolution):
         assert found["labels"][k] == items[row].label and found["ids"][k] == image_id(items[row].image)
     assert [i.name for i in stream.read(6, 12)] == [i.name for i in items[6:12]]
     assert stream.fetch(np.zeros(0, np.int64))["images"].shape == (0, *stream.shape)
+
+
+def test_a_shard_is_looked_through_once_on_a_machine(shards, monkeypatch):
+    stream = ShardStream(shards, seed=2)
+    expected = stream.fetch(np.arange(N))
+    looked: list[Path] = []
+    real = streaming.index_shard
+    monkeypatch.setattr(streaming, "index_shard", lambda path, *rest: looked.append(path) or real(path, *rest))
+    found = copied(stream).fetch(np.arange(N))
+    assert not looked and all(np.array_equal(found[name], expected[name]) for name in expected)
+    kept = sorted(stream._cache.folder.glob("*-index.npz"))
+    assert len(kept) == len(COUNTS)
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:100])
+    assert np.array_equal(copied(stream).fetch(np.arange(N))["images"], expected["images"]) and len(looked) == 7
 
 
 def test_without_labels_and_sizes(tmp_path):
@@ -182,15 +208,15 @@ def test_changed_shards(own_shards):
     listed["shards"][4]["bytes"] = len(data) - 700 - 12000
     path.write_bytes(data[: len(data) - 700 - 12000])
     (own_shards / "shards.json").write_text(json.dumps(listed))
-    with pytest.raises(InputError, match="cut short|no tar file"):
+    with pytest.raises(InputError, match=r"cut short|no tar file"):
         ShardStream(own_shards, seed=0).fetch(np.arange(N))
     path.write_bytes(data)
     listed["shards"][4] |= {"bytes": len(data), "images": 6}
     (own_shards / "shards.json").write_text(json.dumps(listed))
-    with pytest.raises(InputError, match="s-04.tar holds 5 images, 5 with a label, where its shards.json says 6"):
+    with pytest.raises(InputError, match=r"s-04.tar holds 5 images, 5 with a label, where its shards.json says 6"):
         ShardStream(own_shards, seed=0).fetch(np.arange(N))
     (own_shards / "s-07.tar").write_bytes(data)
-    with pytest.raises(InputError, match="shards.json does not list s-07.tar"):
+    with pytest.raises(InputError, match=r"shards.json does not list s-07.tar"):
         ShardStream(own_shards, seed=0)
 
 
@@ -278,7 +304,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.end_headers()
             return None
         self.send_response(200)
-        data = fault(open(self.translate_path(self.path), "rb").read())
+        data = fault(Path(self.translate_path(self.path)).read_bytes())
         self.send_header("Content-Length", str(os.path.getsize(self.translate_path(self.path))))
         self.end_headers()
         self.wfile.write(data)
@@ -307,7 +333,7 @@ def test_urls(server, shards, tmp_path):
     local = ShardStream(shards, seed=4, window=2)
     index = stream.index(torch.arange(2 * N)).numpy()
     assert np.array_equal(index, local.index(torch.arange(2 * N)).numpy())
-    found, expected = pickle.loads(pickle.dumps(stream)).fetch(index), local.fetch(index)
+    found, expected = copied(stream).fetch(index), local.fetch(index)
     assert all(np.array_equal(found[name], expected[name]) for name in ("images", "ids", "labels"))
     stream._ahead.join()
     assert sorted(server.asked) == sorted(["shards.json", *(f"s-{i:02d}.tar" for i in range(7))])  # each once
@@ -379,7 +405,7 @@ def test_no_index_behind_an_address(server, tmp_path):
 
 
 def test_bounded_cache(server, tmp_path):
-    with pytest.raises(InputError, match="two windows of 2 shards take .* above the 1,000 of the cache"):
+    with pytest.raises(InputError, match=r"two windows of 2 shards take .* above the 1,000 of the cache"):
         remote(server, tmp_path, cache_bytes=1000)
     stream = remote(server, tmp_path)
     limit = sum(sorted((shard.bytes for shard in stream.shards), reverse=True)[:4])

@@ -91,35 +91,41 @@ class Downloads:
         ------
         InputError : it cannot be downloaded, or has another size or checksum
         """
-        key = hashlib.sha256(f"{url} {size} {sha256}".encode()).hexdigest()
-        path = self.folder / f"{key[:24]}-{re.sub(r'[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])[-80:]}"
+
+        def download(file: IO[bytes]) -> None:
+            self._make_room(size)
+            _retry(url, lambda: _receive_whole(url, file, size, sha256))
+
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[-80:]
+        return self.made(f"{url} {size} {sha256}", name, download)
+
+    def made(self, key: str, name: str, make: Callable[[IO[bytes]], object]) -> Path:
+        """The file for `key`, whose own name ends in `name`: written by `make` where it is not there, by one process
+        of the machine.
+
+        Raises
+        ------
+        InputError : it cannot be written
+        """
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        path = self.folder / f"{digest[:24]}-{name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._touch(path, size):
-                with FileLock(str(self.folder / f"lock-{int(key[:8], 16) % _LOCKS}")):
-                    if not self._touch(path, size):
-                        self._download(url, path, size, sha256)
+            if not _touch(path):
+                with FileLock(str(self.folder / f"lock-{int(digest[:8], 16) % _LOCKS}")):
+                    if not _touch(path):
+                        self._make(path, make)
         except OSError as error:
-            raise InputError(f"{url} cannot be kept in {self.folder}: {error.strerror or error}") from error
+            raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
         return path
 
-    @staticmethod
-    def _touch(path: Path, size: int) -> bool:
-        """Whether the file is there; then it was used just now."""
-        try:
-            os.utime(path)
-            return path.stat().st_size == size
-        except FileNotFoundError:
-            return False
-
-    def _download(self, url: str, path: Path, size: int, sha256: str | None) -> None:
+    def _make(self, path: Path, make: Callable[[IO[bytes]], object]) -> None:
         for left in self.folder.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
             left.unlink(missing_ok=True)
-        self._make_room(size)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             with open(temporary, "wb") as file:
-                _retry(url, lambda: _receive_whole(url, file, size, sha256))
+                make(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -139,6 +145,15 @@ class Downloads:
             with suppress(OSError):  # Windows keeps a file that somebody reads
                 file.unlink()
                 total -= held
+
+
+def _touch(path: Path) -> bool:
+    """Whether the file is there; then it was used just now."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _receive_whole(url: str, file: IO[bytes], size: int, sha256: str | None) -> None:

@@ -25,7 +25,7 @@ from fastambient.console import progress, say
 from fastambient.data.archives import is_unsafe_name
 from fastambient.data.decode import BadEntry, is_grey, use_image
 from fastambient.data.downloads import is_url, read_url
-from fastambient.data.items import LOOK_AT, MAX_CLASSES, file_stamp, open_binary
+from fastambient.data.items import LOOK_AT, MAX_CLASSES, file_stamp, is_hidden, open_binary
 from fastambient.data.sources import expand, expand_braces
 from fastambient.data.tars import index_shard, read_image
 from fastambient.errors import InputError
@@ -170,7 +170,7 @@ def _local(spec: str) -> list[Path]:
         raise InputError(f"{spec}: only http:// and https:// addresses are streamed; copy the shards, or name a path")
     path = Path(spec)
     if path.is_dir():
-        found: list[Path] | Iterator[Path] = sorted(path.glob("*.tar"))
+        found: list[Path] | Iterator[Path] = sorted(found for found in path.glob("*.tar") if not is_hidden(found.name))
     else:
         found = [path] if path.exists() else expand(spec)
     paths = list(found)

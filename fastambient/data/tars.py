@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -124,6 +124,28 @@ class Tars(EncodedSource):
         for shard, first, end in zip(self._shards, self._starts[:-1], self._starts[1:], strict=True):
             if first < stop and end > start:
                 yield file_stamp(shard.path, shard.name)
+
+
+def save_index(file: IO[bytes], shard: Shard) -> None:
+    """Write a shard's index without its texts; `load_index` reads it."""
+    np.savez(
+        file, at=shard.images.at, size=shard.images.size, labels=shard.labels, name_ends=shard.name_ends,
+        names=np.frombuffer(shard.names, np.uint8), stamp=np.array(shard.stamp[1:], np.int64),
+    )  # fmt: skip
+
+
+def load_index(file: Path, path: Path, name: str) -> Shard:
+    """The index of the shard `path` from a file by `save_index`; BadEntry where that is broken or of another file."""
+    stamp = file_stamp(path, name)
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            found = {key: kept[key] for key in ("at", "size", "labels", "name_ends", "names", "stamp")}
+    except Exception as error:  # whatever a broken zip makes numpy raise
+        raise BadEntry(f"cannot be read: {error}") from error
+    if found["stamp"].tolist() != list(stamp[1:]):
+        raise BadEntry("is of another file")
+    images = _Places(found["at"], found["size"])
+    return Shard(path, name, stamp, images, found["labels"], {}, found["names"].tobytes(), found["name_ends"])
 
 
 def read_image(file: BinaryIO, shard: Shard, i: int) -> BinaryIO:
