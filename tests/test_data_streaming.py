@@ -97,9 +97,16 @@ def test_a_window_holds_whole_shards_and_mixes_them(shards):
         assert set(shard[start : start + size]) == set(here)
         start += size
     assert start == N
-    order = list(dict.fromkeys(shard))
-    assert order != sorted(order)
     assert (np.diff(shard) != 0).sum() > len(COUNTS)  # mixed, not one shard after the other
+
+
+def test_shards_come_in_another_order_in_each_epoch(shards):
+    rows = ShardStream(shards, seed=1, window=1).index(torch.arange(3 * N)).numpy()
+    shard = np.repeat(np.arange(len(COUNTS)), COUNTS)[rows].reshape(3, N)
+    orders = [tuple(dict.fromkeys(epoch.tolist())) for epoch in shard]
+    assert len(set(orders)) == 3 and tuple(range(len(COUNTS))) not in orders
+    of_one = [rows[epoch * N : (epoch + 1) * N][shard[epoch] == 2].tolist() for epoch in range(3)]
+    assert of_one[0] != of_one[1] != of_one[2]
 
 
 def test_order_is_pure(shards):
@@ -304,6 +311,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.end_headers()
             return None
         self.send_response(200)
+        if isinstance(fault, bytes):  # another file, served well
+            self.send_header("Content-Length", str(len(fault)))
+            self.end_headers()
+            self.wfile.write(fault)
+            return None
         data = fault(Path(self.translate_path(self.path)).read_bytes())
         self.send_header("Content-Length", str(os.path.getsize(self.translate_path(self.path))))
         self.end_headers()
@@ -370,12 +382,13 @@ def test_a_server_that_fails_for_a_while(server, shards, tmp_path, fault):
     [
         (cut, "cut off|came, expected|IncompleteRead", 5),
         (flipped, "its SHA-256 begins with", 5),
+        (b"another file", r"12 bytes came, expected [\d,]+,", 5),
         (500, "answers 500 .*the last of 5 tries", 5),
         (404, "answers 404", 1),
         ("file:///etc/passwd", "'file:///etc/passwd' is not allowed", 1),
         ("ftp://127.0.0.1/x", "redirects to ftp:", 1),
     ],
-    ids=["cut", "flipped", "500", "404", "to-file", "to-ftp"],
+    ids=["cut", "flipped", "shorter", "500", "404", "to-file", "to-ftp"],
 )
 def test_a_server_that_keeps_failing(server, tmp_path, fault, expected, tries):
     server.faults["s-02.tar"] = [fault] * 9
