@@ -24,11 +24,11 @@ from fastambient.data.decode import BadEntry
 from fastambient.data.items import (
     IMAGE_SUFFIXES,
     LOOK_AT,
+    MAX_CLASSES,
     MAX_TEXT_BYTES,
     TEXT_KINDS,
     EncodedSource,
     Entry,
-    check_labels,
     decode_text,
     file_stamp,
     is_hidden,
@@ -99,6 +99,11 @@ class Tars(EncodedSource):
                 where = f"{shard.path}: {shard.image_name(int(np.flatnonzero(shard.labels < 0)[0]))}"
                 raise InputError(
                     f"{where} has no .cls beside it where other images have; add it, or remove all of them"
+                )
+            if (shard.labels >= MAX_CLASSES).any():
+                where = f"{shard.path}: {shard.image_name(int(shard.labels.argmax()))}"
+                raise InputError(
+                    f"{where} has a class label in its .cls above {MAX_CLASSES - 1}; number the classes from 0"
                 )
         self.num_classes = 1 + max(int(shard.labels.max(initial=-1)) for shard in self._shards)
 
@@ -203,7 +208,7 @@ class _Builder:
             text = _read(file, at, min(size, _MAX_LABEL_BYTES + 1)).strip()
             if not text.isdigit() or size > _MAX_LABEL_BYTES:
                 raise InputError(f"{self.path}: {name} must be a class number as text, got {text[:20]!r}")
-            self.label = check_labels(np.array([int(text)], dtype=object), f"{self.path}: {name}") - 1
+            self.label = min(int(text), MAX_CLASSES)
 
     def close(self) -> None:
         """End the open sample; one without an image is left out."""
