@@ -432,6 +432,11 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path):
         os.mkfifo(tmp_path / name)
         assert f"{tmp_path / name} is no regular file" in error_of(tmp_path / name)
     assert "/dev/null is no regular file" in error_of("/dev/null")
+    for name in ("tars/x.tar", "tables/x.parquet"):
+        (tmp_path / name).parent.mkdir()
+        os.mkfifo(tmp_path / name)
+        assert f"{tmp_path / name} is no regular file" in error_of((tmp_path / name).parent)
+        assert f"{tmp_path / name} is no regular file" in error_of(f"{(tmp_path / name).parent}/*")
 
 
 def test_an_empty_source_is_not_the_folder_one_is_in(tmp_path, monkeypatch):

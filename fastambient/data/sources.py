@@ -143,6 +143,8 @@ def _open_folder(path: Path, resolution: int | None, on_bad_image: str) -> Sourc
 
 
 def _open_shards(name: str, paths: list[Path], resolution: int | None, on_bad_image: str) -> Source:
+    if odd := next((path for path in paths if not path.is_file()), None):
+        raise InputError(f"{odd} is no regular file, but a folder, a pipe, a socket or a device; leave it out")
     suffixes = {path.suffix.lower() for path in paths}
     if suffixes == {".tar"}:
         return Tars(name, paths, resolution, on_bad_image)

@@ -235,6 +235,8 @@ def open_saved(path: Path, resolution: int | None, on_bad_image: str) -> Tables:
 
 def _json_of(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("no regular file")
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("no object")

@@ -108,13 +108,9 @@ class Tars(EncodedSource):
         self.num_classes = 1 + max(int(shard.labels.max(initial=-1)) for shard in self._shards)
 
     def _entries(self, start: int, stop: int) -> Iterator[Entry]:
-        first, last = (
-            int(np.searchsorted(self._starts, row, side="right")) - 1 for row in (start, max(start, stop - 1))
-        )
-        for number in range(first, last + 1) if start < stop else ():
-            shard, offset = self._shards[number], int(self._starts[number])
-            if not len(shard.labels):
-                continue
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while number < len(self._shards) and (offset := int(self._starts[number])) < stop:
+            shard = self._shards[number]
             if file_stamp(shard.path, shard.name) != shard.stamp:
                 raise InputError(f"{shard.path} was changed after it was looked through; start again")
             with open_binary(shard.path) as file:
@@ -124,6 +120,7 @@ class Tars(EncodedSource):
                         offset + i, f"{shard.name}: {name}", f"{shard.path}: {name}",
                         partial(read_image, file, shard, i), int(shard.labels[i]), partial(_texts, file, shard, i),
                     )  # fmt: skip
+            number += 1
 
     def _stamps(self, start: int, stop: int) -> Iterable[tuple[str, int, int]]:
         for shard, first, end in zip(self._shards, self._starts[:-1], self._starts[1:], strict=True):
