@@ -144,6 +144,10 @@ def prepare(
         option("store the text beside the images", "--captions/--no-captions", default="yes; in a hand-out no"),
     ] = None,
     workers: Annotated[int | None, option("processes that decode", metavar="N", default="all cores")] = None,
+    index: Annotated[
+        str | None,
+        option("look through tar shards and write shards.json beside them, for train --stream", metavar="SHARDS"),
+    ] = None,
     check: Annotated[Path | None, option("verify every checksum of a store instead", metavar="STORE")] = None,
     force: Force = False,
 ) -> None:
@@ -152,15 +156,20 @@ def prepare(
     What was cut off goes on when the same command is run again.
     """
     from fastambient.data.preparation import prepare as prepare_store
+    from fastambient.data.shard_index import index_shards
     from fastambient.data.sources import open_source
     from fastambient.data.store import Store
     from fastambient.diffusion.ambient import default_sigma_tn
     from fastambient.files import refuse_existing
     from fastambient.training.config import check_sigma_tn
 
+    if (check is not None or index is not None) and (source is not None or out is not None):
+        raise InputError("--check and --index work on what is there: they take no SOURCE and no --out")
+    if index is not None:
+        file, found = index_shards(index)
+        print(f"{file}: {len(found['shards']):,} shards")
+        return
     if check is not None:
-        if source is not None or out is not None:
-            raise InputError("--check verifies a store: it takes no SOURCE and no --out")
         store = Store.open(check)
         print(f"{check}: {store.summary()}; {len(store.manifest['files'])} files as the manifest says")
         return
@@ -273,6 +282,14 @@ def train(
         Regime | None,
         option("ambient: the levels from sigma_tn on alone, for a hand-out without --clean", default="both"),
     ] = None,
+    stream: Annotated[
+        bool | None,
+        option(
+            "train from the tar shards that --data names, as they are: a folder, a pattern or http(s) addresses such as"
+            " https://host/shards-{0000..0099}.tar; nothing is prepared, split or evaluated",
+            "--stream",
+        ),
+    ] = None,
     loader: Annotated[
         LoaderName | None,
         option(
@@ -299,7 +316,7 @@ def train(
     if resume is not None:
         given = {"--data": data, "--out": out, "--preset": preset, "--config": config, "--sigma-tn": sigma_tn, "--kimg": kimg, "--batch": batch, "--seed": seed,
                  "--noise-seed": noise_seed, "--precision": precision, "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--checkpoint-levels": checkpoint_levels, "--weighting": weighting,
-                 "--noise": noise, "--augment-ambient": augment_ambient, "--clean": clean, "--regime": regime, "--loader": loader, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
+                 "--noise": noise, "--augment-ambient": augment_ambient, "--clean": clean, "--regime": regime, "--stream": stream, "--loader": loader, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
         for name, value in given.items():
             if value is not None and value != []:
                 raise InputError(f"--resume takes everything from the run; leave out {name}")
@@ -309,7 +326,7 @@ def train(
     ranks, device = choose_ranks(gpus, processes)
     fit = batch == "auto"
     options: dict[str, dict[str, Any]] = {
-        "data": {"loader": loader and loader.value, "clean": clean},
+        "data": {"loader": loader and loader.value, "clean": clean, "stream": stream},
         "noise": {"sigma_tn": sigma_tn, "weighting": weighting and weighting.value, "mode": noise and noise.value, "regime": regime and regime.value},
         "training": {
             "kimg": kimg, "batch": None if fit or batch is None else parse_batch(batch), "seed": seed, "precision": precision and precision.value, "ranks": ranks, "device": device,

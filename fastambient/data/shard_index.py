@@ -85,6 +85,16 @@ def find_shards(spec: str, index: str | None = None) -> ShardList:
     return ShardList(shards, content["channels"], content["resolution"], content["classes"], remote)
 
 
+def index_shards(spec: str) -> tuple[Path, dict[str, Any]]:
+    """Write `shards.json` beside the local shards that `spec` names; (the file, its content). InputError for an
+    address, and as `write_index`."""
+    if is_url(spec):
+        raise InputError(f"{spec}: shards are looked through where they lie on a disk; make the index before uploading")
+    paths = _local(spec)
+    file = Path(os.path.commonpath([path.absolute().parent for path in paths])) / NAME
+    return file, write_index(paths, file)
+
+
 def write_index(paths: list[Path], out: Path, *, checksums: bool = True) -> dict[str, Any]:
     """Look through local shards and write `shards.json`; returns its content.
 
@@ -146,8 +156,8 @@ def _leave_out(name: str, where: str, error: BadEntry) -> None:
 
 def _no_index(spec: str) -> str:
     return (
-        f"{spec} is streamed by a list of its shards: make {NAME} where they are (fastambient.data.shard_index."
-        "write_index) and put it beside them"
+        f"{spec} is streamed by a list of its shards: make {NAME} where they lie on a disk (fastambient prepare --index "
+        "SHARDS) and put it beside them"
     )
 
 

@@ -61,6 +61,8 @@ def evaluate_run(
     """
     run = RunFolder.existing(path)
     settings = run.read_settings()
+    if settings.data.stream:
+        raise InputError(f"{path} streams its images: nothing was held out, and no store says what it trained on")
     store = run.open_store(verify=False)
     if store.train.images is None or store.holdout.images is None:
         raise InputError(

@@ -38,6 +38,11 @@ class DataSettings:
     xflip: bool = False  # mirror half of the draws, together with their noise
     use_labels: bool = False  # train a class-conditional model
     clean: str | None = None  # STORE of clean images beside a hand-out
+    stream: bool = False  # train from the tar shards that `source` names, without a store
+    window: int = 8  # shards whose images are mixed, when streaming; another number is another order
+    shard_index: str | None = None  # shards.json of the stream; None: beside the shards
+    cache: str | None = None  # folder for downloaded shards; None: the user's folder for caches
+    cache_gb: float = 50.0  # how large it may become, in 10^9 bytes
     loader: Literal["auto", "resident", "dali", "workers"] = "auto"  # changes no number of a run
     workers: int | None = None  # processes of a rank that read (dali, workers); None: by processors, and as it pays
 
@@ -283,6 +288,8 @@ def check(settings: Settings) -> None:
     need(d.train is None or d.train >= 1, "data.train", d.train, "1 or more")
     need(d.holdout is None or d.holdout >= 0, "data.holdout", d.holdout, "0 or more")
     check_seed("data.split_seed", d.split_seed)
+    need(d.window >= 1, "data.window", d.window, "1 or more")
+    finite("data.cache_gb", d.cache_gb, above=0)
     need(d.workers is None or d.workers >= 1, "data.workers", d.workers, "1 or more")
     need(math.isfinite(t.kimg) and t.kimg * 1000 >= 1, "training.kimg", t.kimg, "0.001 (one image) or more")
     need(t.batch >= 1, "training.batch", t.batch, "1 or more")

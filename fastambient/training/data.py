@@ -1,12 +1,20 @@
-"""What a run trains on: the rows of its store, or of a hand-out and a clean store."""
+"""What a run trains on: a store, a hand-out and perhaps a clean store, or shards that are streamed."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
+import torch
+
+from fastambient.console import progress
 from fastambient.data.mixed import HandOutRows
-from fastambient.data.rows import SizedRows, StoreRows
+from fastambient.data.rows import Rows, StoreRows
 from fastambient.data.store import Store
+from fastambient.data.streaming import ShardStream
 from fastambient.diffusion.edm import draw_sigma
 from fastambient.errors import InputError
 from fastambient.training.config import Settings
@@ -47,18 +55,77 @@ def open_clean(settings: Settings) -> Store | None:
     return clean
 
 
-def training_rows(settings: Settings, store: Store, clean: Store | None, noise_seed: int) -> SizedRows:
-    """What the loader draws from.
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a run trains on, wherever its images lie.
+
+    Attributes
+    ----------
+    rows : what its loader draws from
+    images : how many there are
+    num_classes, class_names : 0 and None without labels
+    mirrored_pairs : training images that are there mirrored, too; 0 where that is not known
+    """
+
+    rows: Rows
+    images: int
+    channels: int
+    resolution: int
+    num_classes: int
+    class_names: list[str] | None
+    mirrored_pairs: int = 0
+
+
+def store_set(settings: Settings, store: Store, clean: Store | None, noise_seed: int) -> TrainingSet:
+    """The training side of a store, or of a hand-out and a clean store.
 
     Raises
     ------
     InputError : a noised copy that is not there, or clean images unlike those handed out
     """
     n, seed = settings.noise, settings.training.seed
+    rows: Rows
     if not store.hand_out:
-        return StoreRows(store.train, seed=seed, use_noisy=settings.data.noisy != "none" and n.mode == "fixed")
-    assert n.sigma_tn is not None
-    return HandOutRows(
-        store.train, None if clean is None else clean.train, seed=seed, sigma_tn=n.sigma_tn, noise_seed=noise_seed,
-        sigma_of=partial(draw_sigma, seed=seed, P_mean=n.P_mean, P_std=n.P_std), labelled=settings.data.use_labels,
+        rows = StoreRows(store.train, seed=seed, use_noisy=settings.data.noisy != "none" and n.mode == "fixed")
+    else:
+        assert n.sigma_tn is not None
+        rows = HandOutRows(
+            store.train, None if clean is None else clean.train, seed=seed, sigma_tn=n.sigma_tn, noise_seed=noise_seed,
+            sigma_of=partial(draw_sigma, seed=seed, P_mean=n.P_mean, P_std=n.P_std), labelled=settings.data.use_labels,
+        )  # fmt: skip
+    return TrainingSet(
+        rows, len(store.train) + (0 if clean is None else len(clean.train)), store.channels, store.resolution,
+        store.num_classes, store.class_names,
+        store.manifest["split"].get("mirrored_pairs", 0),  # older stores did not count
     )  # fmt: skip
+
+
+def open_stream(settings: Settings) -> ShardStream:
+    """Shards that are streamed (``data.stream``). InputError where they cannot be."""
+    d = settings.data
+    return ShardStream(
+        d.source, seed=settings.training.seed, resolution=d.resolution, window=d.window, on_bad_image=d.on_bad_image,
+        index=d.shard_index, cache=None if d.cache is None else Path(d.cache), cache_bytes=round(d.cache_gb * 1e9),
+    )  # fmt: skip
+
+
+def stream_set(stream: ShardStream) -> TrainingSet:
+    return TrainingSet(
+        stream, stream.length, stream.channels, stream.resolution, stream.num_classes, stream.class_names
+    )
+
+
+def measure_sigma_data(stream: ShardStream, images: int = 10_000) -> float:
+    """Standard deviation in [-1, 1] of the first `images` of a stream's order: there is no manifest to say it."""
+    total, squares, n = 0, 0, 0
+    count = min(images, stream.length)
+    with progress("measuring sigma_data", count) as advance:
+        for start in range(0, count, 256):
+            index = stream.index(torch.arange(start, min(start + 256, count))).numpy()
+            pixels = stream.fetch(index)["images"].astype(np.int64)
+            total, squares, n = total + int(pixels.sum()), squares + int((pixels**2).sum()), n + pixels.size
+            advance(len(index))
+    deviation = math.sqrt((n * squares - total**2) / n**2) / 127.5
+    if not deviation > 1e-6:
+        raise InputError(f"the first {count:,} images of {stream.name} are all of one colour")
+    return deviation

@@ -32,7 +32,7 @@ from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
 from fastambient.training import checkpoint
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
-from fastambient.training.data import training_rows
+from fastambient.training.data import TrainingSet, store_set, stream_set
 from fastambient.training.distributed import World
 from fastambient.training.estimate import estimate_run, work_of
 from fastambient.training.monitor import Monitor, SigmaLoss, gpu_fields, peak_memory
@@ -85,11 +85,11 @@ class StopSignal:
         signal.signal(signum, signal.SIG_DFL)
 
 
-def build_network(settings: Settings, store: Store, device: torch.device) -> nn.Module:
+def build_network(settings: Settings, data: TrainingSet | Store, device: torch.device) -> nn.Module:
     """A network with the initial weights of the run's seed, channels-last: the layout in which convolutions and norms
     are fastest on CPUs and GPUs alike. The global generator is left as it was. Blocks of the `checkpoint_levels`
     highest resolutions are computed anew in the backward pass."""
-    config = network_config(settings, channels=store.channels, num_classes=store.num_classes)
+    config = network_config(settings, channels=data.channels, num_classes=data.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.training.seed & (2**63 - 1))
         network = models.build(config)
@@ -124,15 +124,18 @@ class Trainer:
         if world.device.type == "cpu":
             keep_freed_memory()
         self.settings = settings = run.read_settings()
-        self.store = store = run.open_store(verify=world.first)
+        noise_seed = run.read_noise_seed()
+        if settings.data.stream:
+            self.data = stream_set(run.open_stream())
+        else:
+            self.data = store_set(settings, run.open_store(verify=world.first), run.open_clean(), noise_seed)
         t = settings.training
         self.total_nimg = round(t.kimg * 1000)
-        self.network = build_network(settings, store, world.device)
+        self.network = build_network(settings, self.data, world.device)
         self.names = [name for name, _ in self.network.named_parameters()]
         self.optimizer = build_optimizer(self.network, t)
         self.sigma_loss = SigmaLoss(world.device)
-        noise_seed = run.read_noise_seed()
-        rows = training_rows(settings, store, run.open_clean(), noise_seed)
+        rows = self.data.rows
         kind, reason = choose(settings.data.loader, rows, world.device, ranks=world.size)
         kind = world.text_from_first(kind)  # memory that is free may differ from rank to rank
         self.loader_line = f"loader {kind}: {reason}"
@@ -140,7 +143,7 @@ class Trainer:
             kind, rows, Share(t.batch, world.rank, world.size), seed=t.seed, device=world.device,
             xflip=settings.data.xflip or t.augment > 0, workers=settings.data.workers,
         )  # fmt: skip
-        self.num_classes = store.num_classes if settings.data.use_labels else 0
+        self.num_classes = self.data.num_classes if settings.data.use_labels else 0
         self.step = TrainingStep(
             self.network, self.loader, self.optimizer, self.sigma_loss, settings, world,
             num_classes=self.num_classes, noise_seed=noise_seed,
@@ -190,15 +193,15 @@ class Trainer:
 
     def metadata(self) -> dict[str, Any]:
         """What model.safetensors says of itself. Never the noise seed, never a path."""
-        s, store = self.settings, self.store
+        s, data = self.settings, self.data
         return {
-            "network": network_config(s, channels=store.channels, num_classes=store.num_classes),
+            "network": network_config(s, channels=data.channels, num_classes=data.num_classes),
             "sigma_data": s.noise.sigma_data,
             "noise": s.tree()["noise"],
             "sampling": s.tree()["sampling"],
             "precision": s.training.precision,
-            "class_names": store.class_names if self.num_classes else None,
-            "train_images": len(store.train),
+            "class_names": data.class_names if self.num_classes else None,
+            "train_images": data.images,
             "nimg": self.nimg,
         }
 
@@ -209,7 +212,7 @@ class Trainer:
         self.ema_network.load_state_dict(self.network.state_dict() | ema_weights(self.optimizer, self.names))
         assert self.settings.noise.sigma_data is not None and self.monitor is not None
         denoiser = EDMDenoiser(self.ema_network, sigma_data=self.settings.noise.sigma_data, label_dim=self.num_classes)
-        shape = (self.store.channels, self.store.resolution, self.store.resolution)
+        shape = (self.data.channels, self.data.resolution, self.data.resolution)
         sampling = SamplingSettings(**self.settings.tree()["sampling"])
         try:
             picture = grid(sample(denoiser, _GRID_SEEDS, shape=shape, settings=sampling, graph=False))
@@ -231,7 +234,7 @@ class Trainer:
                 self.run, nimg=self.nimg, total_nimg=self.total_nimg, device=world.device, sizes=self.log_sizes
             )
             work = work_of(
-                self.settings, channels=self.store.channels, num_classes=self.store.num_classes, ranks=world.size,
+                self.settings, channels=self.data.channels, num_classes=self.data.num_classes, ranks=world.size,
                 gpu=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
             )  # fmt: skip
         saved_at = self.nimg if self.log_sizes else -1
@@ -309,17 +312,17 @@ def train(path: Path, world: World, *, resume: bool) -> None:
     if world.first:
         message, warning = share_message(
             n.sigma_tn or 0.0,
-            resolution=trainer.store.resolution,
+            resolution=trainer.data.resolution,
             P_mean=n.P_mean,
             P_std=n.P_std,
             weighting=n.weighting,
         )
-        say(f"{path}: {s.model.preset}, {len(trainer.store.train):,} training images of "
-            f"{trainer.store.resolution}x{trainer.store.resolution}, {world.size} rank(s) on {world.device.type}, "
+        say(f"{path}: {s.model.preset}, {trainer.data.images:,} training images of "
+            f"{trainer.data.resolution}x{trainer.data.resolution}, {world.size} rank(s) on {world.device.type}, "
             f"{s.training.precision}")  # fmt: skip
         say(f"{message}; sigma_data {n.sigma_data:.4g}")
         say(trainer.loader_line)
-        for note in filter(None, (warning, *_notes(s, trainer.store))):
+        for note in filter(None, (warning, *_notes(s, trainer.data))):
             warn(note)
         if resume:
             at = f"from {trainer.nimg / 1000:g} kimg" if resumed else "from the start: no checkpoint was written yet"
@@ -328,7 +331,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
         here = dataclasses.replace(s.training, ranks=world.size, device=world.device.type)  # type: ignore[arg-type]
         cost = estimate_run(
             dataclasses.replace(s, training=here),
-            channels=trainer.store.channels, num_classes=trainer.store.num_classes, nimg=trainer.nimg,
+            channels=trainer.data.channels, num_classes=trainer.data.num_classes, nimg=trainer.nimg,
         )  # fmt: skip
         trainer.predicted_memory = cost.memory
         if cost.is_long:
@@ -343,11 +346,11 @@ def train(path: Path, world: World, *, resume: bool) -> None:
         trainer.loader.close()
 
 
-def _notes(s: Settings, store: Store) -> list[str]:
+def _notes(s: Settings, data: TrainingSet) -> list[str]:
     """What a user should hear once before a run that is not what it seems."""
     notes = []
     t = s.training
-    pairs = store.manifest["split"].get("mirrored_pairs", 0)  # older stores did not count
+    pairs = data.mirrored_pairs
     if pairs and s.noise.sigma_tn and (s.data.xflip or t.augment > 0):
         notes.append(
             f"{pairs:,} pairs of training images mirror each other, each with a noise of its own: under x-flips two"

@@ -25,9 +25,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fastambient.data.store import Store
+from fastambient.data.streaming import ShardStream
 from fastambient.errors import InputError
 from fastambient.files import remove_leftovers, sha256_file, write_bytes
 from fastambient.training.config import Settings, check, read_yaml
+from fastambient.training.data import open_stream
 
 
 class RunFolder:
@@ -47,6 +49,7 @@ class RunFolder:
         self._noise_seed = path / "noise_seed"
         self._store_sha256 = path / "store_sha256"
         self._clean_sha256 = path / "clean_sha256"
+        self._stream_sha256 = path / "stream_sha256"
 
     @staticmethod
     def new_name(parent: Path = Path("runs")) -> Path:
@@ -87,6 +90,21 @@ class RunFolder:
         """The store of clean images beside a hand-out, or None; errors as `open_store`'s."""
         path = self.read_settings().data.clean
         return None if path is None else self._unchanged(Store.open(path, verify=verify), self._clean_sha256)
+
+    def pin_stream(self, stream: ShardStream) -> None:
+        """Remember which shards are streamed: another list of them would be another order, and other ids."""
+        write_bytes(self._stream_sha256, f"{stream.fingerprint(0, stream.length)}\n".encode())
+
+    def open_stream(self) -> ShardStream:
+        """The shards that this run streams. InputError where they are others by now."""
+        stream = open_stream(self.read_settings())
+        pinned = self._stream_sha256.read_text(encoding="ascii", errors="replace").strip()
+        if pinned != stream.fingerprint(0, stream.length):
+            raise InputError(
+                f"the shards of {self.read_settings().data.source} are not those that {self.path} was started on (their"
+                " names, sizes or numbers of images differ); put those back, or start another run"
+            )
+        return stream
 
     def _unchanged(self, store: Store, pinned: Path) -> Store:
         if pinned.is_file():

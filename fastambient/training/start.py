@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,17 +18,19 @@ import yaml
 from fastambient import models
 from fastambient.console import say, warn
 from fastambient.data.dali import need_dali
+from fastambient.data.downloads import is_url
 from fastambient.data.loaders import ReadError
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import Source, open_source
 from fastambient.data.store import Store, is_store
+from fastambient.data.streaming import ShardStream
 from fastambient.diffusion.ambient import share_message
 from fastambient.errors import FastambientError, InputError, check_seed
 from fastambient.files import new_folder, refuse_existing
 from fastambient.processes import die_with_parent
 from fastambient.training import checkpoint
 from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
-from fastambient.training.data import check_hand_out, open_clean, training_rows
+from fastambient.training.data import check_hand_out, measure_sigma_data, open_clean, open_stream, store_set
 from fastambient.training.distributed import (
     World,
     inside_launcher,
@@ -90,7 +93,10 @@ def plan(request: TrainRequest) -> Plan:
     d = early.data
     data: Source | Store
     clean: Store | None = None
-    if is_store(d.source):
+    if d.stream:
+        _check_stream(early)
+        data = open_stream(early)
+    elif is_store(d.source):
         data = Store.open(d.source)
         wanted = {"resolution": data.resolution, "train": len(data.train), "holdout": len(data.holdout)}
         for name, there in wanted.items():
@@ -108,7 +114,7 @@ def plan(request: TrainRequest) -> Plan:
         check(settings)
         check_hand_out(settings, data)
         clean = open_clean(settings)
-        training_rows(settings, data, clean, noise_seed=0)
+        store_set(settings, data, clean, noise_seed=0)
     elif d.clean is not None or settings.noise.regime == "ambient":
         raise InputError("--clean and --regime ambient are for a store that was handed out (prepare --hand-out)")
     if settings.data.use_labels and not data.num_classes:
@@ -135,6 +141,22 @@ def plan(request: TrainRequest) -> Plan:
         say(found)
         settings = settings.with_values({"training": {"batch_gpu": micro}}, where="--batch auto")
     return Plan(settings, data, request.noise_seed, clean)
+
+
+def _check_stream(settings: Settings) -> None:
+    """InputError for what a stream cannot give."""
+    d = settings.data
+    if is_store(d.source):
+        raise InputError(f"--stream reads tar shards; {d.source} is a store: leave --stream out")
+    for name, value in (("train", d.train), ("holdout", d.holdout)):
+        if value is not None:
+            raise InputError(f"data.{name} {value}: a stream is not split; hold shards back by the pattern instead")
+    if d.noisy != "none":
+        raise InputError(
+            f"data.noisy {d.noisy}: a stream stores nothing, its noise is made anew each time; leave it out"
+        )
+    if d.loader == "resident":
+        raise InputError("--loader resident: a stream cannot be held in memory; use dali or workers")
 
 
 def _data_bytes(settings: Settings, data: Source | Store) -> int:
@@ -200,6 +222,12 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
                     " --noise-seed each (64 random bits), or a store each"
                 )
             source = str(store.path.resolve())
+            sides, sigma_data = (len(store.train), len(store.holdout)), store.sigma_data
+        elif isinstance(plan.data, ShardStream):
+            run.pin_stream(plan.data)
+            seed = secrets.randbits(64) if plan.noise_seed is None else plan.noise_seed
+            source, sides = d.source if is_url(d.source) else os.path.abspath(d.source), (plan.data.length, 0)
+            sigma_data = n.sigma_data or measure_sigma_data(plan.data)
         else:
             store = prepare(
                 plan.data, run.store, sigma_tn=n.sigma_tn, noise_seed=plan.noise_seed, train=d.train, holdout=d.holdout,
@@ -207,14 +235,15 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
             )  # fmt: skip
             seed = store.noise_seed
             source = d.source if not Path(d.source).exists() else str(Path(d.source).resolve())
+            sides, sigma_data = (len(store.train), len(store.holdout)), store.sigma_data
         filled: dict[str, dict[str, Any]] = {
             "data": {
                 "source": source,
-                "train": len(store.train),
-                "holdout": len(store.holdout),
+                "train": sides[0],
+                "holdout": sides[1],
                 "clean": None if plan.clean is None else str(plan.clean.path.resolve()),
             },
-            "noise": {"sigma_data": store.sigma_data if n.sigma_data is None else n.sigma_data},
+            "noise": {"sigma_data": sigma_data if n.sigma_data is None else n.sigma_data},
         }
         run.write_settings(plan.settings.with_values(filled, where="data"))
         run.write_noise_seed(seed)
