@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from fastambient.data import downloads, image_id, open_source, streaming
+from fastambient.data.loaders import Share
 from fastambient.data.shard_index import write_index
 from fastambient.data.streaming import ShardStream
+from fastambient.data.workers import WorkersLoader
 from fastambient.errors import InputError
 
 COUNTS = (7, 3, 11, 1, 5, 8, 2)
@@ -109,6 +111,13 @@ def test_shards_come_in_another_order_in_each_epoch(shards):
     assert of_one[0] != of_one[1] != of_one[2]
 
 
+def test_windows_of_one_size_are_mixed_differently(tmp_path):
+    for i in range(2):
+        write_tar(tmp_path / f"{i}.tar", entries(20 * i, 20, labelled=False))
+    rows = ShardStream(tmp_path, seed=1, window=1).index(torch.arange(40)) % 20
+    assert not torch.equal(rows[:20], rows[20:])
+
+
 def test_order_is_pure(shards):
     """At odd positions, in any order, by any number of ranks, and in another process's copy."""
     every = ShardStream(shards, seed=9, window=3).index(torch.arange(5 * N))
@@ -164,6 +173,11 @@ def test_a_shard_is_looked_through_once_on_a_machine(shards, monkeypatch):
 
 def test_without_labels_and_sizes(tmp_path):
     write_tar(tmp_path / "a.tar", [*entries(0, 3, labelled=False), *entries(3, 2, labelled=False, size=20)])
+    listed = write_index([tmp_path / "a.tar"], tmp_path / "index.json")
+    listed["shards"][0]["images"] += 1
+    (tmp_path / "index.json").write_text(json.dumps(listed))
+    with pytest.raises(InputError, match=r"a.tar holds 5 images, 0 with a label, where its shards.json says 6 of 0"):
+        ShardStream(tmp_path / "a.tar", seed=0, resolution=8, index=str(tmp_path / "index.json")).fetch(np.arange(5))
     with pytest.raises(InputError, match="not square or not of one size; pass --resolution R"):
         ShardStream(tmp_path / "a.tar", seed=0)
     stream = ShardStream(tmp_path / "a.tar", seed=0, resolution=8)
@@ -278,6 +292,20 @@ def test_nothing_there(tmp_path):
         ShardStream("http://localhost/*.tar", seed=0)
     with pytest.raises(InputError, match="at least 1 shard"):
         ShardStream(tmp_path, seed=0, window=0)
+
+
+@pytest.mark.slow
+def test_by_processes(shards):
+    """The workers loader gives what the stream says, from any position on and for any rank."""
+    stream = ShardStream(shards, seed=7, window=2)
+    for rank, ranks, nimg in ((0, 1, 5), (1, 2, 29)):
+        share = Share(6, rank, ranks)
+        loader = WorkersLoader(stream, share, seed=1, device="cpu", xflip=False, workers=2)
+        for step in range(nimg, nimg + 24, 6):
+            fields = loader.host(step)
+            expected = stream.fetch(stream.index(share.positions(step)).numpy())
+            assert all(np.array_equal(fields[name].numpy(), expected[name]) for name in expected)
+        loader.close()
 
 
 class Server(http.server.ThreadingHTTPServer):
