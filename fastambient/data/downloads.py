@@ -70,7 +70,7 @@ class Downloads:
     """Parameters
     ----------
     folder : of the cache; None: `fastambient/shards` in the user's folder for caches
-    limit : bytes that it may hold
+    limit : bytes that it may hold; what several processes download at one moment may come on top
     """
 
     def __init__(self, folder: Path | None, limit: int) -> None:
