@@ -30,6 +30,7 @@ CACHE_BYTES = 64 << 30
 _TRIES, _PAUSE = 5, 1.0  # s before the second try; each pause is twice the one before
 _TIMEOUT = 30.0  # s without a byte
 _SLOWEST = 1 << 16  # bytes/s, on the average; a server that drips would hold a run for ever
+_ABANDONED = 600.0  # s without a write: nobody downloads it any more
 _LOCKS = 64  # files of locks, shared by the shards
 
 
@@ -70,7 +71,7 @@ class Downloads:
     """Parameters
     ----------
     folder : of the cache; None: `fastambient/shards` in the user's folder for caches
-    limit : bytes that it may hold; what several processes download at one moment may come on top
+    limit : bytes that it may hold
     """
 
     def __init__(self, folder: Path | None, limit: int) -> None:
@@ -93,7 +94,9 @@ class Downloads:
         """
 
         def download(file: IO[bytes]) -> None:
-            self._make_room(size)
+            with FileLock(str(self.folder / "lock-room")):
+                self._make_room(size)
+                file.truncate(size)  # reserved: the next one to make room counts it
             _retry(url, lambda: _receive_whole(url, file, size, sha256))
 
         name = re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[-80:]
@@ -134,11 +137,13 @@ class Downloads:
 
     def _make_room(self, size: int) -> None:
         kept: list[tuple[float, int, Path]] = []
-        for file in self.folder.glob("[0-9a-f]*-*"):
-            with suppress(FileNotFoundError):  # another process made room, too
+        total = size
+        for file in (*self.folder.glob(".*.tmp"), *self.folder.glob("[0-9a-f]*-*")):  # none is missed when it is renamed
+            with suppress(FileNotFoundError):  # whole now, or tidied away
                 stat = file.stat()
-                kept.append((stat.st_mtime, stat.st_size, file))
-        total = sum(held for _, held, _ in kept) + size
+                total += stat.st_size
+                if file.suffix != ".tmp" or time.time() - stat.st_mtime > _ABANDONED:
+                    kept.append((stat.st_mtime, stat.st_size, file))
         for _, held, file in sorted(kept):
             if total <= self.limit:
                 break
@@ -163,7 +168,6 @@ def _receive_whole(url: str, file: IO[bytes], size: int, sha256: str | None) -> 
         nonlocal digest
         digest = hashlib.sha256()
         file.seek(0)
-        file.truncate()
 
     def keep(block: bytes) -> None:
         digest.update(block)

@@ -162,7 +162,7 @@ class ShardStream(EncodedSource):
         def compute() -> Tensor:
             spans = [(int(self._starts[s]), int(self._counts[s])) for s in self._shards_of(epoch, number)]
             rows = torch.cat([torch.arange(start, start + count) for start, count in spans])
-            key = (1 << _WINDOW_BIT) | epoch
+            key = (number + 1 << _WINDOW_BIT) | epoch
             return rows[permutation(len(rows), seed=self.seed, epoch=key)]
 
         with self._lock:
