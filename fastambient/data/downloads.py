@@ -138,7 +138,7 @@ class Downloads:
     def _make_room(self, size: int) -> None:
         kept: list[tuple[float, int, Path]] = []
         total = size
-        for file in (*self.folder.glob(".*.tmp"), *self.folder.glob("[0-9a-f]*-*")):  # none is missed when it is renamed
+        for file in (*self.folder.glob(".*.tmp"), *self.folder.glob("[0-9a-f]*-*")):  # so none is missed
             with suppress(FileNotFoundError):  # whole now, or tidied away
                 stat = file.stat()
                 total += stat.st_size
