@@ -138,6 +138,7 @@ def test_shards_of_one_name_in_two_folders(tmp_path):
         (special("bad.png", tarfile.SYMTYPE, "/etc/passwd"), "bad.png is a link to '/etc/passwd'"),
         (special("bad.png", tarfile.LNKTYPE, "000000.png"), "bad.png is a link to '000000.png'"),
         (special("bad.png", tarfile.CHRTYPE), "bad.png is a device"),
+        (special("bad.png", tarfile.GNUTYPE_SPARSE), "bad.png is a sparse file"),
         (special("bad.png", tarfile.FIFOTYPE), "bad.png is a device, a pipe"),
         (special("../bad", tarfile.DIRTYPE), "unsafe name '../bad'"),
         (("/bad.png", b""), "unsafe name '/bad.png'"),
@@ -193,8 +194,9 @@ def test_a_negative_size(tmp_path, negative, kind):
     assert "is no tar file, or a damaged one" in error_of(tmp_path / "x.tar")
 
 
-@pytest.mark.parametrize("size", ["-1024", "99999999999999", "x"])
+@pytest.mark.parametrize("size", ["-1024", "-1536", "99999999999999", "x"])
 def test_a_size_in_pax_records(tmp_path, size):
+    """-1536 leads back to the start of the records, again and again."""
     info = tarfile.TarInfo("x.png")
     info.pax_headers = {"size": size}
     make_tar(tmp_path / "x.tar", [*samples(0), info, *samples(1)], format=tarfile.PAX_FORMAT)
