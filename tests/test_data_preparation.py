@@ -171,6 +171,7 @@ def test_a_full_disk_keeps_what_is_decoded_and_says_so(tmp_path, folder, small_c
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(decoding_module, "_WORTH_KEEPING", 10_000)
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "write_npy", full)
         with pytest.raises(FastambientError, match="No space left on device; run the same command again to go on"):

@@ -33,6 +33,7 @@ from fastambient.processes import die_with_parent
 _CHUNK_BYTES = 64 << 20  # of pixels; few chunks for the address space, small ones for workers and progress
 _CHUNK_ROWS = (256, 8192)
 _COLUMNS = ("ids", "mirrored", "labels", "sums", "squares", "hashes")
+_WORTH_KEEPING = 64 << 20  # bytes of pixels
 _ALONE = 2000  # so few pictures are decoded here: a worker needs seconds to start
 
 
@@ -97,8 +98,8 @@ def decode(source: Source, folder: Path, *, workers: int, hashed: bool) -> Decod
 
 
 def has_progress(folder: Path) -> bool:
-    """Whether `folder` holds more than one decoded chunk: enough to be worth keeping after an error."""
-    return len(list(folder.glob("chunk-*.npz"))) > 1
+    """Whether `folder` holds so many decoded pictures that they are worth keeping after an error."""
+    return sum(file.stat().st_size for file in folder.glob("chunk-*.npy")) > _WORTH_KEEPING
 
 
 def _chunk_rows(source: Source) -> int:

@@ -156,8 +156,8 @@ def _leave_out(name: str, where: str, error: BadEntry) -> None:
 
 def _no_index(spec: str) -> str:
     return (
-        f"{spec} is streamed by a list of its shards: make {NAME} where they lie on a disk (fastambient prepare --index "
-        "SHARDS) and put it beside them"
+        f"{spec} is streamed by a list of its shards: make {NAME} where they lie on a disk (fastambient prepare "
+        "--index SHARDS) and put it beside them"
     )
 
 
