@@ -57,6 +57,7 @@ def losses(path):
     return [json.loads(line)["loss"] for line in (path / "stats.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_loaders_give_the_same_run(tmp_path, shards):
     paths = [run_of(tmp_path, shards, name, loader=name) for name in ("workers", "auto")]
     for path in paths:
@@ -72,6 +73,7 @@ def test_loaders_give_the_same_run(tmp_path, shards):
     start(paths[0], resume=True)  # finished: said, not an error
 
 
+@pytest.mark.slow
 def test_goes_on_in_the_middle_of_an_epoch(tmp_path, shards):
     """An epoch is 100 images, a step 32: the run is cut off within the second epoch, and ends like one that was not."""
     whole = run_of(tmp_path, shards, "whole")
@@ -79,7 +81,9 @@ def test_goes_on_in_the_middle_of_an_epoch(tmp_path, shards):
     cut = run_of(tmp_path, shards, "cut")
     program = f"""
 import os, signal
+import torch
 from fastambient.training import loop
+torch.set_num_threads({torch.get_num_threads()})
 from fastambient.training.start import start
 original = loop.TrainingStep.__call__
 def step(self, nimg, **keywords):
@@ -101,7 +105,7 @@ def test_other_shards_than_before(tmp_path, shards):
     path = run_of(tmp_path, shards)
     (shards / "shards.json").unlink()
     (shards / "digits-0003.tar").write_bytes((shards / "digits-0002.tar").read_bytes() + bytes(512))
-    with pytest.raises(InputError, match="are not those that .* was started on"):
+    with pytest.raises(InputError, match=r"are not those that .* was started on"):
         start(path)
 
 
