@@ -465,3 +465,24 @@ def test_leftovers_of_a_killed_process(server, tmp_path):
     left = path.with_name(f".{path.name}.0123abcd.tmp")
     left.write_bytes(b"half")
     assert stream._path(0) == path and not left.exists()
+
+
+def test_a_shard_that_is_tidied_away_before_it_is_opened(server, tmp_path, monkeypatch):
+    """Another thread or process may need the room between a look and the opening: the shard is downloaded again."""
+    stream = remote(server, tmp_path)
+    original, gone = stream._path, []
+
+    def tidied(number):
+        path = original(number)
+        if len(gone) < most:
+            gone.append(path)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(stream, "_path", tidied)
+    most = 3
+    assert len(stream.fetch(np.arange(2))["images"]) == 2 and len(gone) == 3
+    most = 100
+    with pytest.raises(InputError, match="cannot be read"):
+        stream.fetch(np.arange(2))
+    assert len(gone) == 8  # given up, in the end

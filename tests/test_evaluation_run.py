@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import make_run
 
-from fastambient.data.sources import open_source
 from fastambient.data.preparation import prepare
+from fastambient.data.sources import open_source
 from fastambient.errors import InputError
 from fastambient.evaluation import evaluate, metrics
 from fastambient.evaluation import run as evaluation_run

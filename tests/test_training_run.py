@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastambient.data.sources import open_source
 from fastambient.data.preparation import prepare
+from fastambient.data.sources import open_source
 from fastambient.errors import FastambientError, InputError
 from fastambient.evaluation.run import evaluate_run
 from fastambient.pictures import grid

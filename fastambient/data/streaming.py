@@ -212,12 +212,23 @@ class ShardStream(EncodedSource):
     def _opened(self, number: int, rows: np.ndarray, places: np.ndarray) -> Iterator[tuple[Iterator[Entry], int]]:
         """(its entry and all that follow in the shard, from the start again after its end; place) of each row."""
         start, count = int(self._starts[number]), int(self._counts[number])
-        path = self._path(number)
-        with open_binary(path) as file:  # before the index: a file that is open stays, whoever tidies the cache
+        path, opened = self._open(number)
+        with opened as file:  # before the index: a file that is open stays, whoever tidies the cache
             shard = self._table(number, path)
             entry = partial(self._entry, file, shard, start)
             for row, place in zip((rows - start).tolist(), places.tolist(), strict=True):
                 yield (entry((row + k) % count) for k in range(count)), place
+
+    def _open(self, number: int) -> tuple[Path, IO[bytes]]:
+        """A shard and its open file; downloaded again where another process tidied it away before it was opened."""
+        for left in range(4, -1, -1):
+            path = self._path(number)
+            try:
+                return path, open_binary(path)
+            except InputError:
+                if not (self._remote and left) or path.exists():
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def _entry(self, file: Any, shard: Shard, start: int, i: int) -> Entry:
         name, open_image = shard.image_name(i), partial(read_image, file, shard, i)
