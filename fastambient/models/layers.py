@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastambient.errors import InputError
-from fastambient.models.convolution import conv3x3
 from fastambient_kernels import dropout, group_norm_silu
 from fastambient_kernels.dropout import MAX_LAYERS, keep_mask
 
@@ -104,9 +103,7 @@ class Conv2d(nn.Module):
             return F.conv2d(self._filter(x, stride=1, pad=self.filter_pad + pad), self.weight, self.bias, stride=2)
         elif self.resample == "down":
             x = self._filter(x, stride=2, pad=self.filter_pad)
-        if self.kernel == 3:
-            return conv3x3(x, self.weight, self.bias)
-        return F.conv2d(x, self.weight, self.bias) if self.kernel else x
+        return F.conv2d(x, self.weight, self.bias, padding=pad) if self.kernel else x
 
     def _filter(self, x: Tensor, *, stride: int, pad: int) -> Tensor:
         if self.box:
