@@ -93,6 +93,19 @@ def test_goes_on_after_a_kill(tmp_path, folder, where, small_chunks, monkeypatch
     assert content(store.path) == content(undisturbed.path)
 
 
+def test_a_line_of_the_journal_that_a_kill_cut_off(tmp_path, folder, small_chunks, monkeypatch):
+    """Cut off twice: what the second try appends must not continue the first one's half line."""
+    out, options = tmp_path / "store", {"sigma_tn": 0.3, "noisy": "float16", "shard_bytes": 16 * 192, "split_seed": 4}
+    for calls in (5, 8):
+        program = KILLED.format(where=f"preparation:write_npy:{calls}", source=str(folder), out=str(out))
+        subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True)
+        journal = tmp_path / ".store.preparing" / "journal.jsonl"
+        journal.write_text(journal.read_text() + '["train/images-0')
+    store = prepare(open_source(folder), out, **options)
+    undisturbed = prepare(open_source(folder), tmp_path / "other", noise_seed=store.noise_seed, **options)
+    assert content(store.path) == content(undisturbed.path)
+
+
 def test_another_request_after_a_kill_is_another_store(tmp_path, folder, small_chunks):
     out = tmp_path / "store"
     program = KILLED.format(where="preparation:write_npy:9", source=str(folder), out=str(out))

@@ -171,3 +171,18 @@ def test_a_noise_seed_and_other_shapes(tmp_path, stores):
     options = TINY | {"data": {"clean": str(other.path)}}
     with pytest.raises(InputError, match=r"the clean images are \[1, 16, 16\], those handed out \[1, 8, 8\]"):
         plan(TrainRequest(data=str(handed.path), preset="digits", options=options))
+
+
+def test_classes_must_mean_the_same(tmp_path, stores):
+    handed, own = stores
+    images = np.concatenate([own.train.images[:], own.holdout.images[:]])
+    np.savez(tmp_path / "set.npz", images=images[:, 0], labels=np.arange(50) % 3)
+    other = prepare(open_source(tmp_path / "set.npz"), tmp_path / "other")
+    options = TINY | {"data": {"clean": str(other.path), "use_labels": True}}
+    with pytest.raises(InputError, match=r"have classes 0, 1, .*those of .*other 0\.\.2; a class number must mean"):
+        plan(TrainRequest(data=str(handed.path), preset="digits", options=options))
+
+
+def test_what_an_ambient_run_says_of_its_draws(tmp_path, stores, capsys):
+    start(run_of(tmp_path, stores, clean=False))
+    assert "all draws are in the ambient regime, as asked for" in capsys.readouterr().err

@@ -76,12 +76,18 @@ def near_duplicate_groups(hashes: np.ndarray, images: Images) -> np.ndarray:
 
 
 def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """One group for all that share a group in either, named by its first row: int64 [N] from two int64 [N]."""
+    """One group for all that share a group in either: int64 [N] from two int64 [N].
+
+    A group is named by its least name in `first`, so that names which do not depend on the order of rows stay so.
+    """
     edges = []
     for groups in (first, second):
         _, start, inverse = np.unique(groups, return_index=True, return_inverse=True)
         edges.append(np.stack([start[inverse], np.arange(len(groups))], 1))
-    return _connected(len(first), np.concatenate(edges))
+    _, member = np.unique(_connected(len(first), np.concatenate(edges)), return_inverse=True)
+    least = np.full(member.max(initial=-1) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(least, member, first)
+    return least[member]
 
 
 def _near_pairs(distinct: np.ndarray) -> np.ndarray:

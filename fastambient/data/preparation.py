@@ -96,7 +96,7 @@ def prepare(
     ------
     InputError : a bad image or number, or `out` exists, or another process prepares it
     FastambientError : writing failed, for instance on a full disk. No store is left behind; what is decoded is, where
-        it is more than a chunk, and the next call goes on from it.
+        it is more than 64 MB, and the next call goes on from it.
     """
     out, request = Path(out), Request(**options)
     if request.dedup is None:
@@ -182,7 +182,7 @@ def _noise_seed(work: Path, asked: int | None) -> int:
 def _write(work: Path, new: Path, source: Source, decoded: Decoded, r: Request) -> dict[str, Any]:
     ids = decoded.ids
     # An image and its mirror image, where both are there, are one picture.
-    pictures = np.where(np.isin(decoded.mirrored, ids), np.minimum(ids, decoded.mirrored), ids)
+    pictures = unmirrored = np.where(np.isin(decoded.mirrored, ids), np.minimum(ids, decoded.mirrored), ids)
     near = None if decoded.hashes is None else near_duplicate_groups(decoded.hashes, decoded.images)
     if near is not None:
         pictures = join_groups(pictures, near)
@@ -207,7 +207,7 @@ def _write(work: Path, new: Path, source: Source, decoded: Decoded, r: Request) 
             writer.write_side(side, chosen, labelled=bool(source.num_classes), texts=texts, advance=advance)
     if near is not None and not r.hand_out:
         writer.write_groups(pictures)
-    train_ids, train_pictures = ids[sides["train"]], pictures[sides["train"]]
+    train_ids, train_pictures = ids[sides["train"]], unmirrored[sides["train"]]
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -247,14 +247,16 @@ class _Writer:
         head = json.dumps({"request": digest.hexdigest()})
         self._earlier: dict[str, Written] = {}
         lines = self._journal.read_text("utf-8", "replace").split("\n") if self._journal.is_file() else [""]
-        if lines[0] == head and new.is_dir():
-            for line in lines[1:-1]:  # the last one may be cut off
+        whole = lines[:-1]  # a kill may have cut off the last one
+        if whole and whole[0] == head and new.is_dir():
+            for line in whole[1:]:
                 name, size, sha256 = json.loads(line)
                 self._earlier[name] = Written(size, sha256)
         else:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
-            self._journal.write_text(head + "\n")
+            whole = [head]
+        write_bytes(self._journal, "".join(f"{line}\n" for line in whole).encode())
 
     def _npy(self, name: str, shape: tuple[int, ...], dtype: Any, pieces: Iterable[np.ndarray]) -> None:
         self._keep(name, lambda: write_npy(self.new / name, shape, dtype, pieces))

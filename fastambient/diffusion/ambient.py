@@ -88,11 +88,14 @@ def default_sigma_tn(resolution: int) -> float:
 
 
 def share_message(
-    sigma_tn: float, *, resolution: int, P_mean: float = -1.2, P_std: float = 1.2, weighting: str = "paper"
-) -> tuple[str, str | None]:
+    sigma_tn: float, *, resolution: int, P_mean: float = -1.2, P_std: float = 1.2, weighting: str = "paper",
+    regime: str = "both",
+) -> tuple[str, str | None]:  # fmt: skip
     """(message, warning or None) for the start of a run: the share of ambient draws, and a hint where it is extreme."""
     if sigma_tn == 0:
         return "sigma_tn 0: plain EDM, no ambient draws", None
+    if regime == "ambient":
+        return f"sigma_tn {sigma_tn:g}: all draws are in the ambient regime, as asked for", None
     share = ambient_share(sigma_tn, P_mean=P_mean, P_std=P_std)
     message = f"sigma_tn {sigma_tn:g}: {share:.1%} of the draws are in the ambient regime"
     if weighting == "unit" and share > 0:

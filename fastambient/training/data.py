@@ -76,6 +76,10 @@ class TrainingSet:
     mirrored_pairs: int = 0
 
 
+def _classes(store: Store) -> str:
+    return f"0..{store.num_classes - 1}" if store.class_names is None else ", ".join(store.class_names)
+
+
 def store_set(settings: Settings, store: Store, clean: Store | None, noise_seed: int) -> TrainingSet:
     """The training side of a store, or of a hand-out and a clean store.
 
@@ -89,6 +93,13 @@ def store_set(settings: Settings, store: Store, clean: Store | None, noise_seed:
         rows = StoreRows(store.train, seed=seed, use_noisy=settings.data.noisy != "none" and n.mode == "fixed")
     else:
         assert n.sigma_tn is not None
+        if clean is not None and settings.data.use_labels:
+            classes = [(s.num_classes, s.class_names) for s in (store, clean)]
+            if classes[0] != classes[1]:
+                raise InputError(
+                    f"the images handed out have classes {_classes(store)}, those of {clean.path} {_classes(clean)};"
+                    " a class number must mean one thing; prepare both with the same classes"
+                )
         rows = HandOutRows(
             store.train, None if clean is None else clean.train, seed=seed, sigma_tn=n.sigma_tn, noise_seed=noise_seed,
             sigma_of=partial(draw_sigma, seed=seed, P_mean=n.P_mean, P_std=n.P_std), labelled=settings.data.use_labels,

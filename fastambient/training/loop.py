@@ -316,6 +316,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
             P_mean=n.P_mean,
             P_std=n.P_std,
             weighting=n.weighting,
+            regime=n.regime,
         )
         say(f"{path}: {s.model.preset}, {trainer.data.images:,} training images of "
             f"{trainer.data.resolution}x{trainer.data.resolution}, {world.size} rank(s) on {world.device.type}, "

@@ -241,6 +241,10 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
                 "source": source,
                 "train": sides[0],
                 "holdout": sides[1],
+                "cache": None if d.cache is None else os.path.abspath(d.cache),
+                "shard_index": d.shard_index
+                if d.shard_index is None or is_url(d.shard_index)
+                else os.path.abspath(d.shard_index),
                 "clean": None if plan.clean is None else str(plan.clean.path.resolve()),
             },
             "noise": {"sigma_data": sigma_data if n.sigma_data is None else n.sigma_data},
@@ -363,6 +367,6 @@ def describe(request: TrainRequest) -> str:
     tree = yaml.safe_dump(s.tree(), sort_keys=False, default_flow_style=None).rstrip()
     message, warning = share_message(
         s.noise.sigma_tn or 0.0, resolution=planned.data.resolution, P_mean=s.noise.P_mean, P_std=s.noise.P_std,
-        weighting=s.noise.weighting,
+        weighting=s.noise.weighting, regime=s.noise.regime,
     )  # fmt: skip
     return "\n".join(filter(None, (tree, "", message, warning and f"warning: {warning}", estimate.text)))
