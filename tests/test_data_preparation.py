@@ -18,6 +18,7 @@ from PIL import Image
 from fastambient.data import Store, image_id, image_ids, open_source, prepare
 from fastambient.data import decoding as decoding_module
 from fastambient.data.handout import system_normal
+from fastambient.data.text import line_offsets, write_texts
 from fastambient.errors import FastambientError, InputError
 from fastambient.files import sha256_file
 
@@ -130,7 +131,37 @@ def test_a_changed_picture_is_decoded_again_after_a_kill(tmp_path, folder, small
     data = bytearray(chunk.read_bytes())
     data[-1] ^= 1
     chunk.write_bytes(data)
-    assert np.array_equal(prepare(open_source(folder), out, holdout=0).train.ids, store.train.ids)
+    again = prepare(open_source(folder), out, holdout=0)
+    assert np.array_equal(image_ids(again.train.images[:]).numpy(), store.train.ids)
+
+
+def test_a_shard_that_rotted_after_a_kill_is_written_again(tmp_path, folder, small_chunks):
+    out, options = tmp_path / "store", {"sigma_tn": 0.3, "noisy": "float16", "shard_bytes": 16 * 192, "split_seed": 4}
+    program = KILLED.format(where="preparation:write_npy:9", source=str(folder), out=str(out))
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True)
+    shard = tmp_path / ".store.preparing" / "new" / "train" / "images-00000.npy"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    store = prepare(open_source(folder), out, **options)
+    assert np.array_equal(image_ids(store.train.images[:]).numpy(), store.train.ids)
+    Store.open(out)
+
+
+def test_a_store_made_by_somebody_else_meanwhile_stays(tmp_path, folder, monkeypatch):
+    import fastambient.data.preparation as preparation
+
+    original = preparation.decode
+
+    def slow(*arguments, **keywords):
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "theirs").write_text("kept")
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(preparation, "decode", slow)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        prepare(open_source(folder), tmp_path / "store")
+    assert [file.name for file in (tmp_path / "store").iterdir()] == ["theirs"]
 
 
 def test_workers_make_the_same_store(tmp_path, folder, small_chunks, monkeypatch):
@@ -212,6 +243,16 @@ def test_text_travels_with_its_picture(tmp_path, folder):
         Store.open(store.path, verify=False).train.texts[0]
 
 
+def test_offsets_are_where_lines_begin(tmp_path):
+    lines = [{}, {"txt": "ü" * 5_000_000}, {"txt": "a\nb"}, {"txt": "x" * 9_000_000}]  # longer than a block together
+    written = write_texts(tmp_path / "text.jsonl", lines)
+    offsets = line_offsets(tmp_path / "text.jsonl")
+    data = (tmp_path / "text.jsonl").read_bytes()
+    assert offsets[0] == 0 and offsets[-1] == written.bytes == len(data) and len(offsets) == 5
+    assert [json.loads(data[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)] == lines
+    assert all(data[end - 1 : end] == b"\n" for end in offsets[1:])
+
+
 def test_a_shard_that_the_manifest_does_not_know(tmp_path, folder):
     store = prepare(open_source(folder), tmp_path / "store")
     np.save(store.path / "train" / "images-00001.npy", IMAGES[:3])
@@ -255,9 +296,8 @@ def test_hand_out(tmp_path, folder):
     x_n = torch.from_numpy(store.train.noisy[:])
     x0 = torch.from_numpy(IMAGES).float() / 127.5 - 1
     nearest = torch.cdist(x_n.flatten(1).double(), x0.flatten(1).double()).argmin(1)
-    assert sorted(nearest.tolist()) == list(range(120)) and nearest.tolist() != list(
-        range(120)
-    )  # all, in another order
+    in_the_source = [*range(0, 120, 2), *range(1, 120, 2)]  # its folders are a and b
+    assert sorted(nearest.tolist()) == list(range(120)) and nearest.tolist() != in_the_source
     eps = (x_n - x0[nearest]) / 0.5
     assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.02
     labels = torch.tensor([i % 2 for i in range(120)])[nearest]
