@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -249,7 +250,7 @@ def test_offsets_are_where_lines_begin(tmp_path):
     offsets = line_offsets(tmp_path / "text.jsonl")
     data = (tmp_path / "text.jsonl").read_bytes()
     assert offsets[0] == 0 and offsets[-1] == written.bytes == len(data) and len(offsets) == 5
-    assert [json.loads(data[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)] == lines
+    assert [json.loads(data[a:b]) for a, b in itertools.pairwise(offsets)] == lines
     assert all(data[end - 1 : end] == b"\n" for end in offsets[1:])
 
 
