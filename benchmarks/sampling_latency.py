@@ -21,13 +21,14 @@ import protocol
 import torch
 from baselines import SAMPLERS, as_shipped
 from floor import measure
-from step_time import RESOLUTION, peak_memory
+from step_time import RESOLUTION
 from torch import nn
 
 from fastambient import models
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.models.presets import PRESETS
 from fastambient.sampling import SamplingSettings, latents, sample
+from fastambient.training.monitor import peak_memory
 
 
 def differ(mine: torch.Tensor, theirs: torch.Tensor, precision: str) -> tuple[float, str | None]:

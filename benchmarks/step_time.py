@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import resource
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from fastambient.planning import counts_of
 from fastambient.planning import memory as predicted_memory
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
+from fastambient.training.monitor import peak_memory
 from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, create_run, plan
 from fastambient_kernels import Stream, normal
@@ -127,13 +127,6 @@ def agreement(trainer: Trainer, other: BaselineStep) -> float:
     loss_difference = ((losses[0] - losses[1]).abs() / losses[1]).max().item()
     gradient_difference = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
     return max(loss_difference, gradient_difference)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU so far, on a CPU the most that the process held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def report(times: dict[str, list[float]], floor: Floor, batch: int) -> None:

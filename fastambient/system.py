@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,23 @@ def _cuda_missing() -> str | None:
         return _native.missing("adam_ema", "cuda")
     except RuntimeError as error:  # FASTAMBIENT_CUDA=on makes it one; here it is the answer
         return str(error)
+
+
+def peak_resident() -> int:
+    """Bytes of main memory that this process held at most; 0 where nothing says.
+
+    Linux's own high-water mark: getrusage's also covers what the process held that this one was started from.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, ValueError, StopIteration):
+        if sys.platform == "win32":
+            return 0
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_memory() -> int | None:

@@ -342,11 +342,12 @@ def test_system_noise_is_normal():
 
 
 MEMORY = """
-import resource, sys
+import sys
 from fastambient.data import open_source, prepare
+from fastambient.system import peak_resident
 
 prepare(open_source(sys.argv[1]), sys.argv[2], sigma_tn=0.75, noisy="float32", force=True, dedup="off")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+print(peak_resident() >> 20)
 """
 
 

@@ -91,3 +91,11 @@ def test_auto_takes_the_next_best_on_a_gpu(monkeypatch):
     assert system._auto({"triton": here, "native": here}) == "triton"
     assert system._auto({"triton": away, "native": here}) == "native"
     assert system._auto({"triton": away, "native": ""}) == "reference"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own figure is taken as it is")
+def test_peak_memory_is_this_process_own():
+    held = b"1" * (1 << 30)  # of a process that starts another one: getrusage counts it for both
+    code = "from fastambient.system import peak_resident; a = b'1' * (200 << 20); del a; print(peak_resident())"
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=120).stdout)
+    assert 200 << 20 < peak < len(held) < system.peak_resident()

@@ -11,7 +11,6 @@ nvJPEG decodes, which may round some of them to a neighbour.
 from __future__ import annotations
 
 import importlib.metadata
-import multiprocessing
 import platform
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from fastambient.data.loaders import Fields, Share, StreamingLoader, cpus
 from fastambient.data.rows import Rows
 from fastambient.errors import FastambientError, InputError
 from fastambient.nvml import driver_cuda
-from fastambient.processes import die_with_parent
+from fastambient.processes import end_with_parent
 
 _DEPTH = 2  # batches that the pipeline has under way
 _MACHINES = ("x86_64", "aarch64")
@@ -126,8 +125,7 @@ class _Source:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a process of DALI's, which would outlive a trainer that is killed, with all it holds."""
         vars(self).update(state)
-        if multiprocessing.parent_process() is not None:
-            die_with_parent()
+        end_with_parent()
 
     def positions(self, iteration: int) -> Tensor:
         return self.share.positions(self.nimg + iteration * self.share.batch)

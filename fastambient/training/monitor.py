@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fastambient.console import duration, say, warn
 from fastambient.nvml import Gpu, Reading, summary
+from fastambient.system import peak_resident
 from fastambient.training.distributed import World
 from fastambient.training.run import RunFolder, truncate
 
@@ -61,12 +61,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the device's peak allocation, or this process's peak resident size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident()
 
 
 def gpu_fields(gpu: Gpu | None, world: World, *, images: int) -> dict[str, Any]:
