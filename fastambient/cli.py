@@ -282,6 +282,26 @@ def train(
         Regime | None,
         option("ambient: the levels from sigma_tn on alone, for a hand-out without --clean", default="both"),
     ] = None,
+    audit_every: Annotated[
+        float | None,
+        option(
+            "measure copying and quality of the EMA weights this often, and at the end, in thousands of images (256"
+            " samples, --set evaluation.audit_num); rows in audits.jsonl, curves in audits.png; 0: never",
+            "--audit-every",
+            metavar="KIMG",
+            default="never; with --stop-when-copying a tenth of the run",
+        ),
+    ] = None,
+    stop_when_copying: Annotated[
+        float | None,
+        option(
+            "stop when an audit's copy rate exceeds that of the held-out control by more than RATE, a share of the"
+            " samples such as 0.05, and keep the weights of the last audit that does not",
+            "--stop-when-copying",
+            metavar="RATE",
+            default="never",
+        ),
+    ] = None,
     stream: Annotated[
         bool | None,
         option(
@@ -316,7 +336,7 @@ def train(
     if resume is not None:
         given = {"--data": data, "--out": out, "--preset": preset, "--config": config, "--sigma-tn": sigma_tn, "--kimg": kimg, "--batch": batch, "--seed": seed,
                  "--noise-seed": noise_seed, "--precision": precision, "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--checkpoint-levels": checkpoint_levels, "--weighting": weighting,
-                 "--noise": noise, "--augment-ambient": augment_ambient, "--clean": clean, "--regime": regime, "--stream": stream, "--loader": loader, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
+                 "--noise": noise, "--augment-ambient": augment_ambient, "--clean": clean, "--regime": regime, "--stream": stream, "--loader": loader, "--audit-every": audit_every, "--stop-when-copying": stop_when_copying, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
         for name, value in given.items():
             if value is not None and value != []:
                 raise InputError(f"--resume takes everything from the run; leave out {name}")
@@ -331,6 +351,7 @@ def train(
         "training": {
             "kimg": kimg, "batch": None if fit or batch is None else parse_batch(batch), "seed": seed, "precision": precision and precision.value, "ranks": ranks, "device": device,
             "checkpoint_kimg": checkpoint_kimg, "checkpoint_levels": checkpoint_levels, "augment_ambient": augment_ambient and augment_ambient.value,
+            "audit_kimg": audit_every, "stop_when_copying": stop_when_copying,
         },
     }  # fmt: skip
     request = start.TrainRequest(
