@@ -77,6 +77,14 @@ def parse_batch(text: str) -> int:
         raise InputError(f"--batch must be a whole number or auto, got {text!r}") from None
 
 
+def parse_numbers(name: str, text: str) -> list[float]:
+    """``"0,0.1"`` -> [0.0, 0.1]."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} must be numbers such as 0,0.1,0.2, got {text!r}") from None
+
+
 def option(help: str, *names: str, metavar: str | None = None, default: str | None = None) -> Any:
     """An option whose help ends with its default, also where that is computed."""
     text = help if default is None else f"{help} [default: {default}]"
@@ -469,6 +477,74 @@ def evaluate(
 
     _, device = choose_ranks(gpus, None)
     print_table([evaluate_run(run, samples=samples, num=num, out=out, device=device)])
+
+
+@app.command()
+def sweep(
+    data: Annotated[str, option(f"SOURCE or STORE. SOURCE: {SOURCE_HELP}", metavar="SOURCE|STORE")] = "digits",
+    out: Annotated[Path, option("folder of the sweep; the same command goes on in it", metavar="DIR")] = Path(
+        "runs/sweep"
+    ),
+    sigma_tn: Annotated[
+        str,
+        option(
+            "noise levels of the training set, in units of pixels in [-1, 1]; 0 is EDM", "--sigma-tn", metavar="LIST"
+        ),
+    ] = "0,0.1,0.2,0.4",
+    seeds: Annotated[str, option("training seeds, each of every cell", metavar="LIST")] = "0,1,2",
+    baselines: Annotated[
+        str | None,
+        option(
+            "of fresh-noise (new noise at every draw), weight-decay (EDM by AdamW), early-stop (EDM, stopped when it"
+            " copies)",
+            metavar="LIST",
+            default="none",
+        ),
+    ] = None,
+    kimg: Annotated[
+        float | None, option("length of each run in thousands of images", metavar="K", default="the preset's")
+    ] = None,
+    preset: Annotated[str | None, option("named settings", metavar="NAME", default="by resolution")] = None,
+    num: Annotated[int, option("samples of each run's evaluation", metavar="N")] = 1000,
+    features: Annotated[
+        str | None, option("embedder of the evaluation and its FD", metavar="NAME", default="evaluate's; FD in pixels")
+    ] = None,
+    parallel: Annotated[
+        int | None, option("cells at once", metavar="N", default="one a GPU; without one, one a CPU core")
+    ] = None,
+    target: Annotated[
+        float,
+        option("the chosen sigma_tn copies at most this share of the samples more than the control", metavar="RATE"),
+    ] = 0.05,
+    stop_rate: Annotated[
+        float,
+        option("--stop-when-copying of the early-stop baseline, a share of the samples", "--stop-rate", metavar="RATE"),
+    ] = 0.05,
+    weight_decay: Annotated[
+        float, option("of the weight-decay baseline, decoupled", "--weight-decay", metavar="X")
+    ] = 0.05,
+    assignments: Annotated[
+        list[str] | None,
+        option("any setting, for every cell; may be repeated", "--set", metavar="section.name=value"),
+    ] = None,
+    gpus: Annotated[
+        int | None, option("GPUs to spread cells over; 0 is the CPU", metavar="N", default="all visible")
+    ] = None,
+) -> None:
+    """Train over sigma_tn, seeds and baselines, measure all, draw quality against copying and choose a sigma_tn."""
+    from fastambient.sampling import parse_seeds
+    from fastambient.sweep import SweepRequest
+    from fastambient.sweep import sweep as run_sweep
+    from fastambient.training.distributed import choose_ranks
+
+    ranks, device = choose_ranks(gpus, None)
+    request = SweepRequest(
+        data=data, sigma_tn=parse_numbers("--sigma-tn", sigma_tn), seeds=parse_seeds(seeds),
+        baselines=[b.strip() for b in (baselines or "").split(",") if b.strip()], kimg=kimg, preset=preset, num=num,
+        features=features, parallel=parallel, target=target, stop_rate=stop_rate, weight_decay=weight_decay,
+        assignments=assignments or [], gpus=ranks if device == "cuda" else 0,
+    )  # fmt: skip
+    run_sweep(request, out)
 
 
 @app.command()
