@@ -5,8 +5,8 @@ DIR/NAME/         a run folder a cell: EDM or ambient diffusion at one sigma_tn 
 DIR/sweep.json    every cell's and every configuration's numbers, the rule and the chosen sigma_tn
 DIR/table.md  DIR/pareto.svg  DIR/pareto.png  DIR/report.html
 
-A cell is trained by ``fastambient train``, sampled by ``sample`` and measured by ``evaluate``, in processes of their
-own. The same command goes on where the last one ended: finished cells are kept, unfinished ones resumed.
+A cell is trained, sampled and measured as by ``train --resume``, ``sample`` and ``evaluate``, in a process of its own
+(sweep_cell.py). The same command goes on where the last one ended: finished cells are kept, unfinished ones resumed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fastambient.errors import FastambientError, InputError, did_you_mean
 from fastambient.files import refuse_existing, write_bytes, write_json
 from fastambient.processes import die_with_parent
 from fastambient.quickstart import _images_seen as images_seen
+from fastambient.sweep_cell import MEASURED, SAMPLES, marker
 from fastambient.sweep_results import WITHIN, cell_line, result_of_cell, summarize, table
 from fastambient.training.config import Settings, check_sigma_tn
 from fastambient.training.loop import Interrupted
@@ -238,77 +239,52 @@ def _create(request: SweepRequest, cell: Cell, number: int, store: Store, path: 
                 )
 
 
-def _marker(request: SweepRequest) -> dict[str, Any]:
-    return {"num": request.num, "features": request.features}
-
-
 def _measured(request: SweepRequest, path: Path) -> bool:
     """Trained, and measured with as many samples and the same embedder as are asked for now."""
-    run, marker = RunFolder(path), path / "measured.json"
+    run = RunFolder(path)
     try:
-        there = json.loads(marker.read_text())
+        there = json.loads((path / MEASURED).read_text())
     except (OSError, ValueError):
         return False
-    whole = run.metrics.is_file() and (path / "samples.npz").is_file()
-    return whole and there == _marker(request) and bool(finished(run, run.read_settings()))
+    whole = run.metrics.is_file() and (path / SAMPLES).is_file()
+    return whole and there == marker(request.num, request.features) and bool(finished(run, run.read_settings()))
 
 
 class _Job:
-    """One cell on its way: its commands one after the other, in a place among the parallel ones."""
+    """The process of one cell, in a place among the parallel ones."""
 
     def __init__(self, request: SweepRequest, path: Path, log: Path, place: int, threads: int) -> None:
         self.path, self.place = path, place
-        run, gpus = RunFolder(path), ["--gpus", "1" if request.gpus else "0"]
-        samples = str(path / "samples.npz")
-        features = [] if request.features is None else ["--features", request.features]
-        self.commands = [
-            ["train", "--resume", str(path), *gpus],
-            ["sample", str(path), "--seeds", f"0-{request.num - 1}", "--out", samples, "--force", *gpus],
-            ["evaluate", str(path), "--samples", samples, *gpus, *features],
-        ]
-        if finished(run, run.read_settings()):
-            del self.commands[0]
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        features = [] if request.features is None else [request.features]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # each is a run of its own, whatever started this one
-            self.environment.pop(name, None)
+            environment.pop(name, None)
         if request.gpus > 1:
-            self.environment["CUDA_VISIBLE_DEVICES"] = str(place % request.gpus)
+            environment["CUDA_VISIBLE_DEVICES"] = str(place % request.gpus)
         self.log: IO[str] = open(log, "a+", encoding="utf-8")  # noqa: SIM115
-        self.child: subprocess.Popen[bytes] | None = None
-
-    def done(self) -> bool:
-        """Starts the next command where one has ended; True when there is none left.
-
-        Raises
-        ------
-        FastambientError : a command failed
-        """
-        if self.child is not None:
-            if self.child.poll() is None:
-                return False
-            if self.child.returncode:
-                self.log.seek(0)
-                last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1]
-                raise FastambientError(
-                    f"{self.commands[0][0]} of {self.path} failed with exit code {self.child.returncode}: {last}"
-                )
-            self.commands.pop(0)
-        if not self.commands:
-            return True
+        device = "cuda" if request.gpus else "cpu"
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "fastambient", *self.commands[0]], env=self.environment, stdin=subprocess.DEVNULL,
-            stdout=self.log, stderr=self.log, preexec_fn=die_with_parent,
+            [sys.executable, "-m", "fastambient.sweep_cell", str(path), str(request.num), device, *features],
+            env=environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, preexec_fn=die_with_parent,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then tells the children once
         )  # fmt: skip
-        return False
+
+    def done(self) -> bool:
+        """FastambientError where it failed, with the last thing that it said."""
+        if self.child.poll() is None:
+            return False
+        if self.child.returncode:
+            self.log.seek(0)
+            last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+            raise FastambientError(f"the cell {self.path} failed with exit code {self.child.returncode}: {last}")
+        return True
 
     def end(self) -> None:
-        if self.child is not None:
-            try:
-                self.child.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.child.kill()
-                self.child.wait()
+        try:
+            self.child.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
         self.log.close()
 
 
@@ -335,7 +311,6 @@ def _run_all(request: SweepRequest, todo: list[Cell], out: Path) -> None:
                     advance(max(now - seen[cell.name], 0))
                     seen[cell.name] = max(now, seen[cell.name])
                     if ended:
-                        write_json(job.path / "measured.json", _marker(request))
                         jobs.pop(cell).end()
                         count += 1
                         found = result_of_cell(cell.kind, cell.sigma_tn, cell.seed, job.path, request.features)
@@ -355,7 +330,7 @@ def _run_all(request: SweepRequest, todo: list[Cell], out: Path) -> None:
 def _end(jobs: dict[Cell, _Job]) -> None:
     """Tell all runs to stop, which writes their checkpoints, and wait for them."""
     for job in jobs.values():
-        if job.child is not None and job.child.poll() is None:
+        if job.child.poll() is None:
             job.child.terminate()
     for job in jobs.values():
         job.end()
@@ -384,7 +359,7 @@ def _write(request: SweepRequest, planned: list[Cell], summary: dict[str, Any], 
     print(text)
     features = {} if request.features is None else {"features": request.features}
     runs = [
-        evaluate_run(out / c.name, samples=out / c.name / "samples.npz", name=c.name, **features).report  # type: ignore[arg-type]
+        evaluate_run(out / c.name, samples=out / c.name / SAMPLES, name=c.name, **features).report  # type: ignore[arg-type]
         for c in planned
         if c.seed == request.seeds[0]
     ]

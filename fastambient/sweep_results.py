@@ -5,8 +5,8 @@ distance is at most (1 + WITHIN) times the best mean of all sigma_tn, plain EDM 
 training images less that among equally many held-out images. The smallest, because noise that is not needed costs
 detail, and too much of it turns back into EDM. TARGET 0.05: with 1,000 samples a rate of 5 % has a 95 % interval of
 +- 1.4 %, so that it can be told from 0, and at most one sample in twenty is a copy; WITHIN 0.10: about what the
-distance differs between seeds in small sets. Where plain EDM meets it, 0 is chosen: it does not copy at this length. Where none
-meets it, none is chosen, and the summary says what was missed.
+distance differs between seeds in small sets. Where plain EDM meets it, 0 is chosen: it does not copy at this length.
+Where none meets it, none is chosen, and the summary says what was missed.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def table(summary: dict[str, Any]) -> str:
     lines += [
         "",
         f"{samples:,} samples a run; copies: gap ratio below the threshold, pixel space; in parentheses {over}. FD:"
-        f" Frechet distance, {cells[0]['fd_space']} space{own}. Lower is better in both. Less copying is no privacy guarantee.",
+        f" Frechet distance, {cells[0]['fd_space']} space{own}. Lower is better in both. Less"
+        " copying is no privacy guarantee.",
         "",
         f"Chosen sigma_tn: **{'none' if chosen['sigma_tn'] is None else format(chosen['sigma_tn'], 'g')}**"
         f" ({chosen['reason']}). Rule: {chosen['rule']}.",
