@@ -290,7 +290,7 @@ def test_what_cannot_be_audited_is_refused(tmp_path):
             plan(asked)
         assert "\n" not in str(refused.value)
     streamed = Settings().with_assignments(["training.audit_kimg=1", "data.stream=true"])
-    with pytest.raises(InputError, match="--audit-every: a stream holds no image back"):
+    with pytest.raises(InputError, match="--audit-every: a stream holds no image back to compare"):
         check_audits(streamed, None)
     check_audits(Settings(), None)  # not asked for
 

@@ -41,11 +41,14 @@ def check_audits(settings: Settings, data: Source | Store | ShardStream | None) 
 
     A SOURCE is asked again as the store that it becomes.
     """
-    if not settings.training.audit_kimg:
-        return
-    what = "--audit-every"
+    if settings.training.audit_kimg:
+        need_holdout("--audit-every", settings, data)
+
+
+def need_holdout(what: str, settings: Settings, data: Source | Store | ShardStream | None) -> None:
+    """InputError, in the name of the option `what`, where `data` has no two clean held-out images."""
     if settings.data.stream or isinstance(data, ShardStream) or data is None:
-        raise InputError(f"{what}: a stream holds no image back to audit against; leave --stream or {what} out")
+        raise InputError(f"{what}: a stream holds no image back to compare with; leave --stream or {what} out")
     if isinstance(data, Store):
         if data.hand_out or data.train.images is None or data.holdout.images is None:
             raise InputError(

@@ -30,6 +30,7 @@ from fastambient.files import new_folder, refuse_existing
 from fastambient.processes import die_with_parent
 from fastambient.training import checkpoint
 from fastambient.training.audits import check_audits
+from fastambient.training.auto_sigma import choose_sigma_tn
 from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
 from fastambient.training.data import check_hand_out, measure_sigma_data, open_clean, open_stream, store_set
 from fastambient.training.distributed import (
@@ -57,6 +58,7 @@ class TrainRequest:
     options: Mapping[str, Mapping[str, Any]] | None = None  # settings tree of explicit options
     noise_seed: int | None = None
     fit: bool = False  # find the largest micro-batch that fits: ``--batch auto``
+    auto_sigma_tn: bool = False  # choose it from a pilot run: ``--sigma-tn auto``
 
 
 @dataclass(frozen=True)
@@ -334,8 +336,19 @@ def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None
     out = out or RunFolder.new_name()
     if not inside_launcher():
         refuse_existing(out, force=force, marker="config.yaml")  # before the data is opened
-        start(create_run(plan(request), out, force=force))
+        choice = None
+        if request.auto_sigma_tn:
+            choice = choose_sigma_tn(request, out)
+            options = {k: dict(v) for k, v in (request.options or {}).items()}
+            options.setdefault("noise", {})["sigma_tn"] = choice.sigma_tn
+            request = replace(request, options=options, auto_sigma_tn=False)
+        create_run(plan(request), out, force=force)
+        if choice is not None:
+            choice.write(out)
+        start(out)
         return
+    if request.auto_sigma_tn:
+        raise InputError("--sigma-tn auto trains a pilot run first, which a launcher's ranks do not; name a --sigma-tn")
     # The launcher's ranks are the run's: a batch must divide among them before a folder is made.
     options = {k: dict(v) for k, v in (request.options or {}).items()}
     options.setdefault("training", {})["ranks"] = int(os.environ["WORLD_SIZE"])
@@ -366,6 +379,8 @@ def _under_torchrun(prepare_run: Callable[[], Path], *, resume: bool) -> None:
 
 def describe(request: TrainRequest) -> str:
     """The settings of a run with its parameter count, memory and time: ``--dry-run``."""
+    if request.auto_sigma_tn:
+        raise InputError("--dry-run trains nothing, and --sigma-tn auto needs a pilot run; name a --sigma-tn")
     planned = plan(request)
     s = planned.settings
     estimate = estimate_run(s, channels=planned.data.channels, num_classes=planned.data.num_classes)
