@@ -171,7 +171,7 @@ def _fidelity(
     else:
         # A cube of a product of features far from 0 is large: in float32 its rounding would be seen.
         dtype = np.float64 if samples.size + reference.size <= _HELD else np.float32
-        a, b = (torch.from_numpy(np.ascontiguousarray(x, dtype)) for x in (samples, reference))
+        a, b = (torch.from_numpy(np.require(x, dtype, ["C", "W"])) for x in (samples, reference))
         size = min(KID_SUBSET, n, m)
         kid = kid_features_to_metric(
             a,
