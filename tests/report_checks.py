@@ -118,7 +118,7 @@ def _metrics(
             "notes": ["density, coverage: need at least 6 held-out images, here 5"],
         }]  # fmt: skip
         metrics["mifid"] = {"value": 13.1, "distance": 0.21, "threshold": 0.1} if both else None
-        metrics["fld"] = {"train": 5.5, "holdout": 9.75, "gap": -4.25} if both else None
+        metrics["fld"] = {"train": 5.5, "holdout": 9.75, "gap": 4.25} if both else None
         sigmas = (0.02, 0.1, 0.5, 2.0, 10.0)
         metrics["denoising_gap"] = [
             {"sigma": s, "train": 1 / s, "holdout": 1.4 / s, "gap": 1 + 0.4 / s**0.1} for s in sigmas

@@ -182,8 +182,8 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _keep(text: str) -> Markup:
-    """The text, escaped; an interval is not broken at its dash."""
-    return Markup(re.sub(r"[\d.]+\u2013[\d.]+\xa0%", r'<span class="keep">\g<0></span>', str(escape(text))))
+    """The text, escaped; no interval or "held-out" is broken at its dash."""
+    return Markup(re.sub(r"held-out|[\d.]+\u2013[\d.]+\xa0%", r'<span class="keep">\g<0></span>', str(escape(text))))
 
 
 def _png(image: np.ndarray) -> str:

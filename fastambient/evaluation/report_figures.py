@@ -204,13 +204,12 @@ def _likeness(metrics: dict[str, Any]) -> list[Figure]:
         )  # fmt: skip
     if "fld" in metrics:
         f = metrics["fld"] or {}
-        sides = [f.get("train"), f.get("holdout")]
+        sides = [f.get("holdout"), f.get("train")]
         rows.append(
             Figure(
                 COPYING, "FLD gap", f.get("embedder", ""),
-                "Feature likelihood divergence to the training images less that to held-out images."
-                " Far below 0 means copying.",
-                _number(f.get("gap")), "" if None in sides else f"{number(sides[0])} less {number(sides[1])}",
+                "How much better the samples explain training than held-out images. Near 0 without copying.",
+                _number(f.get("gap")), "" if None in sides else " less ".join(map(_number, sides)), "lower",
             )
         )  # fmt: skip
     return rows

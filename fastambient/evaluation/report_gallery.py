@@ -133,7 +133,7 @@ def gallery_data(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, Shee
 
     All samples' values are there, so that counts are exact; pictures up to `MOST_PIXELS`.
     """
-    c, h, w = evaluation.samples.shape[1:]
+    h, w = evaluation.samples.shape[2:]
     factor = -(-max(h, w) // _SIDE)
     most = max(1, MOST_PIXELS // (2 * -(-h // factor) * -(-w // factor)))
     chosen = shown(evaluation, most)
