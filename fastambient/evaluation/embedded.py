@@ -78,7 +78,14 @@ def embedded_metrics(
 
 
 def _similarity(
-    found: Similar, control: Similar | None, equal: Similar, count: int, embedder: Embedder, *, bootstrap: int, seed: int
+    found: Similar,
+    control: Similar | None,
+    equal: Similar,
+    count: int,
+    embedder: Embedder,
+    *,
+    bootstrap: int,
+    seed: int,
 ) -> dict[str, Any]:
     told: dict[str, Any] = {"embedder": embedder.name}
     for level in LEVELS:

@@ -265,9 +265,7 @@ def _similarity(found: Similar, control: Similar | None, label: str) -> Score:
     )  # fmt: skip
 
 
-def check_sets(
-    train: np.ndarray, holdout: np.ndarray | None, *, flips: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def check_sets(train: np.ndarray, holdout: np.ndarray | None, *, flips: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """`distinct` positions of the training and of the held-out images (none without), which must be able to serve as
     each other's control.
 
