@@ -1,4 +1,4 @@
-"""What metrics.json says in an embedder's features: similarity to the training images, FD and its company, MiFID, FLD."""
+"""What metrics.json says in an embedder's features: similarity to training images, FD and its company, MiFID, FLD."""
 
 from __future__ import annotations
 

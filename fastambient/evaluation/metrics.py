@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _TOP = 10  # the most copied training images that are named
 _HELD = 2**26  # numbers of a set, above which they stay float32: those of small sets keep every digit
 _NO_HOLDOUT = (
-    "There is no held-out set: Frechet distances, KID, precision, recall, density, coverage, MiFID, FLD and all controls"
-    " need images that never trained. How much of the copying is chance cannot be told."
+    "There is no held-out set: Frechet distances, KID, precision, recall, density, coverage, MiFID, FLD and all"
+    " controls need images that never trained. How much of the copying is chance cannot be told."
 )
 
 

@@ -139,7 +139,7 @@ class _Level:
 
     def left(self, rows: slice, among: np.ndarray | None) -> np.ndarray:
         """bool [n, w]: pairs of the samples and images `rows` (of those `among` them) that may be one of a sample's two
-        nearest and are not compared yet. Where many may be, the most promising two of each sample are compared first."""
+        nearest and are not compared yet. Where many may be, the most promising two a sample are compared first."""
         vectors = self._kind.block(rows)
         images = np.empty((len(vectors), self._kind.numbers + 1), np.float32)
         images[:, :-1] = vectors

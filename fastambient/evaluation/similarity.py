@@ -1,8 +1,8 @@
 """How alike is each sample to its most alike training image, in an embedding? Maximum cosine, exactly.
 
-A cosine above 0.9 or 0.95 between DINOv2 features is what Shah et al. (2025, arXiv 2502.21278) count as near-duplicates.
-How high it is without any copying depends on the embedder, the pictures and how many are searched: read it beside the
-same figure among equally many held-out images.
+The shares of samples above 0.9 and 0.95, as in Shah et al. (2025, arXiv 2502.21278) with DINOv2's features. How high
+they are without any copying depends on the embedder, the pictures and how many are searched: read them beside
+the same shares among equally many held-out images.
 """
 
 from __future__ import annotations

@@ -32,11 +32,10 @@ def print_table(evaluated: Sequence[Measured]) -> None:
     for item in evaluated:
         m = item.metrics["memorization"]
         gap, low, high = m["gap_ratio"], *(100 * side for side in m["gap_ratio"]["ci95"])
-        nearest = (
-            m["nearest_distance"]["median"] if m["control"]["train_median"] is None else m["control"]["train_median"]
-        )
+        nearest, fd = m["control"]["train_median"], item.metrics["frechet"]["pixel"]["value"]
+        nearest = m["nearest_distance"]["median"] if nearest is None else nearest
         table.add_row(
-            item.report.name, _or_dash(item.report.sigma_tn, "g"), _or_dash(item.metrics["frechet"]["pixel"]["value"], ".3f"),
+            item.report.name, _or_dash(item.report.sigma_tn, "g"), _or_dash(fd, ".3f"),
             f"{100 * gap['rate']:.1f} % ({low:.1f} - {high:.1f})", _percent(gap["holdout_rate"]),
             f"{nearest:.2f} / {_or_dash(m['nearest_distance']['holdout_median'], '.2f')}",
         )  # fmt: skip
@@ -83,9 +82,8 @@ def _features(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[s
             continue
         low, high = (100 * side for side in s["above_0.95_ci95"])
         control = "" if s["holdout_above_0.95"] is None else f", held-out {_percent(s['holdout_above_0.95'])}"
-        told.setdefault(
-            f"Similarity ({s['embedder']}): samples with a cosine above 0.95 to a training image", []
-        ).append(f"{name} {_percent(s['above_0.95'])} ({low:.1f} - {high:.1f}{control})")
+        what = f"Similarity ({s['embedder']}), samples with a cosine above 0.95 to a training image"
+        told.setdefault(what, []).append(f"{name} {_percent(s['above_0.95'])} ({low:.1f} - {high:.1f}{control})")
         for q in m["quality"]:
             figure, value = next(iter(q["figures"].items()))
             told.setdefault(f"{figure} ({q['embedder']})", []).append(f"{name} {_or_dash(value, '.4g')}")
