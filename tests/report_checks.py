@@ -50,6 +50,7 @@ def evaluation(
     drawn[:copies] = np.minimum(near, 254) + 1
     ratio, cosine = g.uniform(0.36, 1, samples), g.uniform(0.5, 0.949, samples)
     ratio[:copies], cosine[:copies] = g.uniform(0, 0.33, copies), g.uniform(0.951, 1, copies)
+    ratio[-1], cosine[-1] = 0.38, 0.915  # at a stop of the slider: a copy is beyond it, not at it
     control = g.uniform(0.4, 1, samples), g.uniform(0.5, 0.93, samples)
     control_index = g.integers(0, max(holdout, 1), samples)
     if not holdout:

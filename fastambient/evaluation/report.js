@@ -93,7 +93,7 @@
       if (mirrored) { pen.translate(g.width, 0); pen.scale(-1, 1); }
       pen.drawImage(image, (within % g.columns) * g.width, Math.floor(within / g.columns) * g.height, g.width, g.height,
         0, 0, g.width, g.height);
-      canvas.dataset.drawn = "";
+      canvas.dataset.drawn = key;
     });
   }
 
@@ -247,6 +247,7 @@
     });
   }
   for (const e of document.querySelectorAll("[data-controls]")) e.hidden = false;
+  $("missing").remove();
   chooseRun();
   new ResizeObserver(fit).observe(ui.pairs);
 })();

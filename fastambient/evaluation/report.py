@@ -170,7 +170,7 @@ def _settings(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows {name, values, differs} over the runs' settings, nested ones as section.name."""
     flat = [_flat(s) for s in settings]
     names = list(dict.fromkeys(name for f in flat for name in f))
-    rows = [(name, [str(f.get(name, "-")) for f in flat]) for name in names]
+    rows = [(name, ["-" if f.get(name) is None else str(f[name]) for f in flat]) for name in names]
     return [{"name": name, "values": values, "differs": len(set(values)) > 1} for name, values in rows]
 
 
