@@ -190,8 +190,13 @@ def test_without_torch_fidelity_the_rest_is_there(monkeypatch):
     assert found["fd"] > 0 and found["coverage"] > 0 and "pip install" in found["notes"][0]
 
 
-def test_nothing_is_printed(capfd):
-    quality(_normal(40), _normal(90, seed=1), embedder="e")
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_printed(capfd, monkeypatch):
+    x, y = _normal(40), _normal(90, seed=1)
+    x.flags.writeable = y.flags.writeable = False  # like a mapped file
+    quality(x, y, embedder="e")
+    monkeypatch.setattr(module, "_HELD", 1)
+    quality(x, y, embedder="e")
     assert capfd.readouterr() == ("", "")
 
 

@@ -22,6 +22,8 @@ Where the sets are too many to be held, `Moments` takes them in blocks and keeps
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -104,17 +106,24 @@ class Moments:
         InputError
             Another shape, another D than before, or a value that is NaN or infinite; nothing is added then.
         """
-        block = torch.as_tensor(x).detach()
+        block = x.detach() if isinstance(x, Tensor) else np.asarray(x)
         if block.ndim != 2 or (self.n and block.shape[1] != self.dimensions):
             wanted = f"[B, {self.dimensions}]" if self.n else "[B, D]"
-            raise InputError(f"moments of a block {list(block.shape)}, expected {wanted}; embed all with one embedder")
-        if block.is_floating_point() and not all(bool(part.isfinite().all()) for part in block.split(_BLOCK)):
+            raise InputError(
+                f"moments of a block {list(block.shape)}, expected {wanted}; embed all sets with one embedder"
+            )
+        if not all(bool(part.isfinite().all()) for part in self._parts(block)):
             raise InputError("moments of vectors that hold NaN or infinity, expected finite numbers")
-        for part in block.split(_BLOCK):
-            if len(part):
-                part = part.to(self.device, torch.float64)
-                mean = part.mean(0)
-                self._join(len(part), mean, part - mean)
+        for part in self._parts(block):
+            mean = part.mean(0)
+            self._join(len(part), mean, part - mean)
+
+    def _parts(self, block: np.ndarray | Tensor) -> Iterator[Tensor]:
+        for start in range(0, len(block), _BLOCK):
+            part = block[start : start + _BLOCK]
+            if not isinstance(part, Tensor):
+                part = torch.from_numpy(part.astype(np.float64))
+            yield part.to(self.device, torch.float64)
 
     def merge(self, other: Moments) -> None:
         """Add all vectors that `other` has seen, as if they had come here.

@@ -87,7 +87,7 @@ def quality(
     if min(n, m) < 2:
         notes.append(f"FD: needs at least 2 images of each, here {n} samples and {m} {reference_name} images")
     else:
-        values["fd"] = _frechet(samples, reference)
+        values["fd"] = distance_of_features(samples, reference)
     values |= _fidelity(samples, reference, reference_name, seed, device, notes)
     values |= _density_coverage(samples, reference, reference_name, device, notes)
 
@@ -139,7 +139,8 @@ def _count(n: int) -> str:
     return f"{number:.1f}".removesuffix(".0") + letter
 
 
-def _frechet(samples: np.ndarray, reference: np.ndarray) -> float:
+def distance_of_features(samples: np.ndarray, reference: np.ndarray) -> float:
+    """Frechet distance of [N, D] and [M, D], N and M >= 2, by the cheaper way at their sizes."""
     if samples.size + reference.size <= _HELD or min(len(samples), len(reference)) <= samples.shape[1]:
         return frechet_distance(samples, reference)
     a, b = Moments(), Moments()
@@ -171,7 +172,7 @@ def _fidelity(
     else:
         # A cube of a product of features far from 0 is large: in float32 its rounding would be seen.
         dtype = np.float64 if samples.size + reference.size <= _HELD else np.float32
-        a, b = (torch.from_numpy(np.ascontiguousarray(x, dtype)) for x in (samples, reference))
+        a, b = (torch.from_numpy(np.require(x, dtype, ["C", "W"])) for x in (samples, reference))
         size = min(KID_SUBSET, n, m)
         kid = kid_features_to_metric(
             a,
