@@ -37,7 +37,7 @@ PICTURES_TRAIN, PICTURES_HOLDOUT = 300, 1000
 SCALES = (0.0, 0.5, 1.0, 2.0)  # of 1.5*R/64
 MANY = {"digits": 1500, "pictures": 10_000}  # training images of the figures' first row
 TINY = ["model.model_channels=8", "model.channel_mult=[1,2]", "model.attn_resolutions=[4]", "model.num_blocks=1",
-        "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8"]  # fmt: skip
+        "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]  # fmt: skip
 
 
 def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:

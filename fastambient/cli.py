@@ -598,7 +598,12 @@ def sweep(
     preset: Annotated[str | None, option("named settings", metavar="NAME", default="by resolution")] = None,
     num: Annotated[int, option("samples of each run's evaluation", metavar="N")] = 1000,
     features: Annotated[
-        str | None, option("embedder of the evaluation and its FD", metavar="NAME", default="evaluate's; FD in pixels")
+        str | None,
+        option(
+            "embedder of the evaluation and its FD",
+            metavar="NAME",
+            default="evaluate's, below 16 pixels pixel; FD in pixels",
+        ),
     ] = None,
     parallel: Annotated[
         int | None, option("cells at once", metavar="N", default="one a GPU; without one, one a CPU core")

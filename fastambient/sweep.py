@@ -49,6 +49,7 @@ _FILLED = (  # by create_run from the data, or of no influence on a run's number
     "data.source", "data.train", "data.holdout", "data.cache", "data.shard_index", "data.clean", "data.loader",
     "data.workers", "training.device", "training.ranks",
 )  # fmt: skip
+_PHOTOGRAPHS = 16  # pixels; of smaller pictures a network for photographs, at 30 ms each, sees no more than pixels
 _POLL_SECONDS = 0.3
 _GRACE_SECONDS = 60.0  # a run that is told to stop writes its checkpoint
 
@@ -64,7 +65,7 @@ class SweepRequest:
     kimg: float | None = None
     preset: str | None = None
     num: int = 1000  # samples a cell
-    features: str | None = None  # embedder of the evaluation; None: its default
+    features: str | None = None  # embedder of the evaluation; None: its default, below 16 pixels none
     assignments: Sequence[str] = ()  # section.name=value, for every cell
     target: float = TARGET
     within: float = WITHIN
@@ -156,6 +157,8 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
         began = time.monotonic()
         store = Store.open(data) if data is not None else _own_store(request, out)
         check_holdout(store)
+        if request.features is None and store.resolution < _PHOTOGRAPHS:
+            request = replace(request, features="pixel")
         for number, cell in enumerate(planned):
             _create(request, cell, number, store, out / cell.name)
         todo = [cell for cell in planned if not _measured(request, out / cell.name)]

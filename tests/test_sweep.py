@@ -27,7 +27,7 @@ from fastambient.sweep_results import choose, over_seeds, summarize, table
 from fastambient.training.checkpoint import checkpoints
 from fastambient.training.run import RunFolder
 
-SMALL = [*TINY, "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8"]
+SMALL = [*TINY, "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]
 
 
 def row(kind: str, sigma_tn: float, seed: int, excess: float, fd: float) -> dict:

@@ -53,7 +53,7 @@ def test_planted_copies_are_counted_as_an_evaluation_counts_them():
     samples[24:27] = holdout[:3] + 1
     sets = AuditSets.of(train, holdout, flips=False, seed=3)
     row = measure(samples, sets, threshold=1 / 3, bootstrap=500, seed=3, flips=False)
-    told, _, _ = evaluate(samples, train, holdout, bootstrap=500, seed=3, settings={})[:3]
+    told = evaluate(samples, train, holdout, embedder=None, bootstrap=500, seed=3, settings={}).metrics
     gap, control = told["memorization"]["gap_ratio"], told["memorization"]["control"]
     assert row["copies"] == 24 and row["rate"] == 0.4 and row["samples"] == 60
     assert row["holdout_rate"] == gap["holdout_rate"] == 0.05

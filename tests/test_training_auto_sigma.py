@@ -87,7 +87,9 @@ def test_a_stopped_pilot_leaves_nothing(tmp_path, monkeypatch):
         raise Interrupted(2, "stopped by SIGINT at 0.01 kimg, checkpoint written; resume with: x")
 
     monkeypatch.setattr(start, "start", stopped)
-    with pytest.raises(Interrupted, match=r"^stopped by SIGINT while sigma_tn was being chosen; start it anew") as found:
+    with pytest.raises(
+        Interrupted, match=r"^stopped by SIGINT while sigma_tn was being chosen; start it anew"
+    ) as found:
         new(request(tmp_path), tmp_path / "run")
     assert found.value.exit_code == 130 and not list(tmp_path.iterdir())
 

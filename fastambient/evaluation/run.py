@@ -21,6 +21,7 @@ from fastambient.evaluation.table import print_table
 from fastambient.files import write_json
 from fastambient.pictures import grid, load_pictures, save_png
 from fastambient.sampling import load, sample
+from fastambient.training import checkpoint
 from fastambient.training.config import EvaluationSettings
 from fastambient.training.run import RunFolder
 
@@ -116,7 +117,8 @@ def evaluate_run(
             pictures = sample(denoiser, range(count), on_batch=advance).numpy()
         seeds, trained = f"0-{count - 1}", denoiser.metadata["nimg"] / 1000
         gap = _denoising_gap(denoiser, store, train, holdout, seed=e.seed)
-    if trained is not None and trained < settings.training.kimg:
+    stopped = (checkpoint.last_state(run.checkpoints) or {}).get("ended")  # by its own rule: it is finished
+    if trained is not None and trained < settings.training.kimg and not stopped:
         warn(f"{path} is not finished: {trained:g} of {settings.training.kimg:g} kimg; longer training copies more")
     evaluation = evaluate(
         pictures, train, holdout, embedder=embedder, cache=cache or default_cache(), denoising_gap=gap,
@@ -142,6 +144,7 @@ def evaluate_run(
         evaluation=evaluation,
         stats=stats,
         per_sigma=_per_sigma(run),
+        timeline=run.read_audits(),
     )
     write_report(beside("report.html"), [report], title=f"fastambient: {report.name}")
     return Evaluated(evaluation.metrics, report)
