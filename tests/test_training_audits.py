@@ -119,22 +119,27 @@ def test_the_network_stays_in_training_mode(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ema, trainer.optimizer.emas[0], strict=True))
 
 
-def test_resume_from_every_checkpoint_gives_the_same_audits(tmp_path):
+@pytest.mark.parametrize("keep", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_resume_from_a_checkpoint_gives_the_same_audits(tmp_path, keep):
     whole = make_run(tmp_path / "whole", "training.keep_checkpoints=9", *AUDITED)
     train_here(whole)
-    for keep in (0, 1):
-        cut = tmp_path / f"cut{keep}"
-        shutil.copytree(whole, cut)
-        for later in checkpoint.checkpoints(cut / "checkpoints")[keep:]:
-            shutil.rmtree(later)
-        with open(cut / "audits.jsonl", "a") as file:
-            file.write('{"nimg": 999')  # killed in the middle of a line
-        train_here(cut, resume=True)
-        assert_same(contents(whole), contents(cut))
-        assert rows_of(cut) == rows_of(whole) and len(rows_of(cut)) == 4
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    for later in checkpoint.checkpoints(cut / "checkpoints")[keep:]:
+        shutil.rmtree(later)
+    with open(cut / "audits.jsonl", "a") as file:
+        file.write('{"nimg": 999')  # killed in the middle of a line
+    train_here(cut, resume=True)
+    assert_same(contents(whole), contents(cut))
+    assert rows_of(cut) == rows_of(whole) and len(rows_of(cut)) == 4
 
 
-@pytest.mark.parametrize(("at", "nimg"), [("step", 40), ("samples", 80), ("samples", 160)])
+_SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("at", "nimg"), [("samples", 80), *(pytest.param(*p, marks=_SLOW) for p in (("step", 40), ("samples", 160)))]
+)
 def test_a_signal_leaves_an_audit_owed(tmp_path, monkeypatch, at, nimg):
     """Before an audit, or while its samples are drawn, also those of the last one."""
     whole = make_run(tmp_path / "whole", *AUDITED)
