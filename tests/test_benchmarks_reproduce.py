@@ -99,7 +99,7 @@ def test_a_rehearsal(tmp_path, here, monkeypatch, capsys):  # noqa: F811
                "--table", str(tmp_path / "results.md"), "--gpus", "0"]  # fmt: skip
     reproduce.main(command)
     text = (tmp_path / "results.md").read_text()
-    assert "## digits-100" in text and "## pictures-16" in text and text.count("| early stop |") == 2
+    assert "## digits-100" in text and "## pictures-16" in text and text.count("\n| early stop |") == 2
     assert [Path(c[-1]).name for c in drawn] == ["denoised-digits-100.png", "denoised-pictures-16.png"]
     assert all(c[3:5] == ["figure", "denoised"] and len(c) == 10 and Path(c[5]).is_dir() for c in drawn)
     ran = len(here_ran())
