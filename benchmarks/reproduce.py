@@ -51,7 +51,8 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
     found: dict[str, SweepRequest] = {}
 
     def add(name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: str) -> None:
-        kimg = a.kimg or (0.032 if a.tiny else kimg)
+        kimg = a.kimg or (0.016 if a.tiny else kimg)
+        sigma_tn = (0.0, sigma_tn[2]) if a.tiny else sigma_tn
         set_here = [*own, *assignments]
         found[name] = SweepRequest(
             data=data, sigma_tn=sigma_tn, baselines=BASELINES, kimg=kimg, assignments=set_here, **common

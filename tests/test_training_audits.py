@@ -134,12 +134,8 @@ def test_a_resume_from_a_checkpoint_gives_the_same_audits(tmp_path, keep):
     assert rows_of(cut) == rows_of(whole) and len(rows_of(cut)) == 4
 
 
-_SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("at", "nimg"), [("samples", 80), *(pytest.param(*p, marks=_SLOW) for p in (("step", 40), ("samples", 160)))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "nimg"), [("step", 40), ("samples", 80), ("samples", 160)])
 def test_a_signal_leaves_an_audit_owed(tmp_path, monkeypatch, at, nimg):
     """Before an audit, or while its samples are drawn, also those of the last one."""
     whole = make_run(tmp_path / "whole", *AUDITED)
@@ -216,6 +212,7 @@ def test_the_rule_stops_and_goes_back_to_the_last_allowed_weights(tmp_path, monk
     assert (path / "model.safetensors").read_bytes() == before and len(rows_of(path)) == 3
 
 
+@pytest.mark.slow
 def test_the_rule_counts_at_the_end_and_not_at_the_rate_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(audits, "measure", planted([0.0, 0.1, 0.1 - 1e-12, 0.2]))
     path = make_run(tmp_path / "run", *RULE)
@@ -243,6 +240,7 @@ def test_a_memorizer_is_stopped(tmp_path, monkeypatch):
     assert row["rate"] == 1 == row["train_rate"] and row["holdout_rate"] < 0.5
 
 
+@pytest.mark.slow
 def test_no_rule_no_snapshots_and_no_end(tmp_path, monkeypatch):
     monkeypatch.setattr(audits, "measure", planted([0.9] * 4))
     path = make_run(tmp_path / "run", *AUDITED)

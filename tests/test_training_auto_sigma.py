@@ -56,7 +56,7 @@ def request(tmp_path, *assignments, **options):
     return TrainRequest(assignments=small, auto_sigma_tn=True, noise_seed=3, **options)
 
 
-@pytest.mark.parametrize("memorizes", [True, False])
+@pytest.mark.parametrize("memorizes", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_choice_is_the_runs_setting_and_a_resume_does_not_repeat_it(tmp_path, monkeypatch, capsys, memorizes):
     asked = []
 
