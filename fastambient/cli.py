@@ -69,12 +69,32 @@ class AugmentAmbient(str, Enum):
     none, reference = "none", "reference"
 
 
+class Preprocessing(str, Enum):
+    standard, paper = "standard", "paper"
+
+
 def parse_batch(text: str) -> int:
     """The number of ``--batch``."""
     try:
         return int(text)
     except ValueError:
         raise InputError(f"--batch must be a whole number or auto, got {text!r}") from None
+
+
+def parse_sigma_tn(text: str) -> float:
+    """The number of ``train --sigma-tn``."""
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--sigma-tn must be a number or auto, got {text!r}") from None
+
+
+def parse_numbers(name: str, text: str) -> list[float]:
+    """``"0,0.1"`` -> [0.0, 0.1]."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} must be numbers such as 0,0.1,0.2, got {text!r}") from None
 
 
 def option(help: str, *names: str, metavar: str | None = None, default: str | None = None) -> Any:
@@ -89,6 +109,18 @@ SOURCE_HELP = (
     " Hugging Face data set (.parquet files, a folder of them, or one by save_to_disk)"
 )
 Force = Annotated[bool, option("replace what is there", "--force")]
+FEATURES_HELP = (
+    "embedder of similarity and quality: pixel, efficientnet-lite0, inception, dinov2-vits14, dinov2-vitb14,"
+    " dinov2-vitl14, dinov2-vitg14, clip-vit-l-14, a TorchScript module PATH.pt, or none"
+)
+Features = Annotated[str | None, option(FEATURES_HELP, metavar="NAME", default="efficientnet-lite0")]
+Weights = Annotated[
+    Path | None, option("its weights, safetensors or TorchScript", metavar="PATH", default="looked for in caches")
+]
+Preprocess = Annotated[
+    Preprocessing | None,
+    option("standard: the network's usual one; paper: DINOv2 at native size, in [0, 1]", default="standard"),
+]
 
 
 @app.command()
@@ -210,11 +242,12 @@ def train(
     ] = None,
     config: Annotated[Path | None, option("settings tree to start from", metavar="FILE.yaml")] = None,
     sigma_tn: Annotated[
-        float | None,
+        str | None,
         option(
-            "noise level of the training set, in units of pixels in [-1, 1]; 0 is plain EDM",
+            "noise level of the training set, in units of pixels in [-1, 1]; 0 is plain EDM; auto: where a pilot run of"
+            " plain EDM, a quarter as long, denoises held-out images worst beside training images",
             "--sigma-tn",
-            metavar="S",
+            metavar="S|auto",
             default="1.5*R/64 for RxR pixels",
         ),
     ] = None,
@@ -282,6 +315,26 @@ def train(
         Regime | None,
         option("ambient: the levels from sigma_tn on alone, for a hand-out without --clean", default="both"),
     ] = None,
+    audit_every: Annotated[
+        float | None,
+        option(
+            "measure copying and quality of the EMA weights this often, and at the end, in thousands of images (256"
+            " samples, --set evaluation.audit_num); rows in audits.jsonl, curves in audits.png; 0: never",
+            "--audit-every",
+            metavar="KIMG",
+            default="never; with --stop-when-copying a tenth of the run",
+        ),
+    ] = None,
+    stop_when_copying: Annotated[
+        float | None,
+        option(
+            "stop when an audit's copy rate exceeds that of the held-out control by more than RATE, a share of the"
+            " samples such as 0.05, and keep the weights of the last audit that does not",
+            "--stop-when-copying",
+            metavar="RATE",
+            default="never",
+        ),
+    ] = None,
     stream: Annotated[
         bool | None,
         option(
@@ -316,7 +369,7 @@ def train(
     if resume is not None:
         given = {"--data": data, "--out": out, "--preset": preset, "--config": config, "--sigma-tn": sigma_tn, "--kimg": kimg, "--batch": batch, "--seed": seed,
                  "--noise-seed": noise_seed, "--precision": precision, "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--checkpoint-levels": checkpoint_levels, "--weighting": weighting,
-                 "--noise": noise, "--augment-ambient": augment_ambient, "--clean": clean, "--regime": regime, "--stream": stream, "--loader": loader, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
+                 "--noise": noise, "--augment-ambient": augment_ambient, "--clean": clean, "--regime": regime, "--stream": stream, "--loader": loader, "--audit-every": audit_every, "--stop-when-copying": stop_when_copying, "--dry-run": dry_run or None, "--force": force or None}  # fmt: skip
         for name, value in given.items():
             if value is not None and value != []:
                 raise InputError(f"--resume takes everything from the run; leave out {name}")
@@ -324,17 +377,18 @@ def train(
         start.resume(resume, ranks=ranks, device=device)
         return
     ranks, device = choose_ranks(gpus, processes)
-    fit = batch == "auto"
+    fit, auto = batch == "auto", sigma_tn == "auto"
     options: dict[str, dict[str, Any]] = {
         "data": {"loader": loader and loader.value, "clean": clean, "stream": stream},
-        "noise": {"sigma_tn": sigma_tn, "weighting": weighting and weighting.value, "mode": noise and noise.value, "regime": regime and regime.value},
+        "noise": {"sigma_tn": None if auto or sigma_tn is None else parse_sigma_tn(sigma_tn), "weighting": weighting and weighting.value, "mode": noise and noise.value, "regime": regime and regime.value},
         "training": {
             "kimg": kimg, "batch": None if fit or batch is None else parse_batch(batch), "seed": seed, "precision": precision and precision.value, "ranks": ranks, "device": device,
             "checkpoint_kimg": checkpoint_kimg, "checkpoint_levels": checkpoint_levels, "augment_ambient": augment_ambient and augment_ambient.value,
+            "audit_kimg": audit_every, "stop_when_copying": stop_when_copying,
         },
     }  # fmt: skip
     request = start.TrainRequest(
-        data=data, preset=preset, config=config, assignments=assignments or [], noise_seed=noise_seed, fit=fit,
+        data=data, preset=preset, config=config, assignments=assignments or [], noise_seed=noise_seed, fit=fit, auto_sigma_tn=auto,
         options={s: {k: v for k, v in values.items() if v is not None} for s, values in options.items()},
     )  # fmt: skip
     if dry_run:
@@ -440,6 +494,9 @@ def evaluate(
             default="RUN/metrics.json",
         ),
     ] = None,
+    features: Features = None,
+    weights: Weights = None,
+    preprocess: Preprocess = None,
     gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
 ) -> None:
     """Measure quality and copying, each against held-out images; writes metrics, pictures and report.html."""
@@ -447,7 +504,143 @@ def evaluate(
     from fastambient.training.distributed import choose_ranks
 
     _, device = choose_ranks(gpus, None)
-    print_table([evaluate_run(run, samples=samples, num=num, out=out, device=device)])
+    found = evaluate_run(
+        run, samples=samples, num=num, out=out, device=device, features=features, weights=weights,
+        preprocess=preprocess and preprocess.value,
+    )  # fmt: skip
+    print_table([found])
+
+
+@app.command()
+def audit(
+    samples: Annotated[
+        str, option("pictures of any generator: a folder (PNG, JPEG, WebP, BMP), .npz, .npy, zip, ...", metavar="DIR")
+    ],
+    train: Annotated[
+        str,
+        option(
+            "images that the generator was trained on: a SOURCE as prepare takes it, or a STORE, whose held-out images"
+            " then are the control",
+            metavar="SOURCE|STORE",
+        ),
+    ],
+    holdout: Annotated[
+        str | None,
+        option(
+            "images that never trained, from where the training images come; without them there is no control",
+            metavar="SOURCE|STORE",
+            default="a --train STORE's",
+        ),
+    ] = None,
+    features: Features = None,
+    weights: Weights = None,
+    preprocess: Preprocess = None,
+    flips: Annotated[bool, option("mirrored training images count as well", "--flips")] = False,
+    num: Annotated[int | None, option("pictures to take, chosen by chance", metavar="N", default="all")] = None,
+    resolution: Annotated[
+        int | None, option("centre-crop and resize all pictures to RxR pixels", metavar="R", default="as they are")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        option("folder for features, which are made once, or none", metavar="DIR|none", default="the user's cache"),
+    ] = None,
+    on_bad_image: Annotated[
+        OnBadImage, option("what to do with pictures that cannot be read", "--on-bad-image")
+    ] = OnBadImage.error,
+    out: Annotated[
+        Path, option("where the metrics go; the report beside it as <name>-report.html", metavar="FILE")
+    ] = Path("audit.json"),
+    gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
+) -> None:
+    """Are pictures of any generator copies of its training images? Against held-out images, with a report."""
+    from fastambient.evaluation.audit import audit as audit_pictures
+    from fastambient.evaluation.audit import sentence
+    from fastambient.evaluation.features import default_cache
+    from fastambient.evaluation.table import print_table
+    from fastambient.training.distributed import choose_ranks
+
+    _, device = choose_ranks(gpus, None)
+    found = audit_pictures(
+        samples, train, holdout=holdout, out=out, weights=weights, flips=flips, num=num, resolution=resolution,
+        features=features or "efficientnet-lite0", preprocess=preprocess.value if preprocess else "standard",
+        cache=None if cache == "none" else Path(cache) if cache else default_cache(),
+        on_bad_image=on_bad_image.value, device=device,
+    )  # fmt: skip
+    print_table([found])
+    print(sentence(found.metrics))
+
+
+@app.command()
+def sweep(
+    data: Annotated[str, option(f"SOURCE or STORE. SOURCE: {SOURCE_HELP}", metavar="SOURCE|STORE")] = "digits",
+    out: Annotated[Path, option("folder of the sweep; the same command goes on in it", metavar="DIR")] = Path(
+        "runs/sweep"
+    ),
+    sigma_tn: Annotated[
+        str,
+        option(
+            "noise levels of the training set, in units of pixels in [-1, 1]; 0 is EDM", "--sigma-tn", metavar="LIST"
+        ),
+    ] = "0,0.1,0.2,0.4",
+    seeds: Annotated[str, option("training seeds, each of every cell", metavar="LIST")] = "0,1,2",
+    baselines: Annotated[
+        str | None,
+        option(
+            "of fresh-noise (new noise at every draw), weight-decay (EDM by AdamW), early-stop (EDM, stopped when it"
+            " copies)",
+            metavar="LIST",
+            default="none",
+        ),
+    ] = None,
+    kimg: Annotated[
+        float | None, option("length of each run in thousands of images", metavar="K", default="the preset's")
+    ] = None,
+    preset: Annotated[str | None, option("named settings", metavar="NAME", default="by resolution")] = None,
+    num: Annotated[int, option("samples of each run's evaluation", metavar="N")] = 1000,
+    features: Annotated[
+        str | None,
+        option(
+            "embedder of the evaluation and its FD",
+            metavar="NAME",
+            default="evaluate's, below 16 pixels pixel; FD in pixels",
+        ),
+    ] = None,
+    parallel: Annotated[
+        int | None, option("cells at once", metavar="N", default="one a GPU; without one, one a CPU core")
+    ] = None,
+    target: Annotated[
+        float,
+        option("the chosen sigma_tn copies at most this share of the samples more than the control", metavar="RATE"),
+    ] = 0.05,
+    stop_rate: Annotated[
+        float,
+        option("--stop-when-copying of the early-stop baseline, a share of the samples", "--stop-rate", metavar="RATE"),
+    ] = 0.05,
+    weight_decay: Annotated[
+        float, option("of the weight-decay baseline, decoupled", "--weight-decay", metavar="X")
+    ] = 0.05,
+    assignments: Annotated[
+        list[str] | None,
+        option("any setting, for every cell; may be repeated", "--set", metavar="section.name=value"),
+    ] = None,
+    gpus: Annotated[
+        int | None, option("GPUs to spread cells over; 0 is the CPU", metavar="N", default="all visible")
+    ] = None,
+) -> None:
+    """Train over sigma_tn, seeds and baselines, measure all, draw quality against copying and choose a sigma_tn."""
+    from fastambient.sampling import parse_seeds
+    from fastambient.sweep import SweepRequest
+    from fastambient.sweep import sweep as run_sweep
+    from fastambient.training.distributed import choose_ranks
+
+    ranks, device = choose_ranks(gpus, None)
+    request = SweepRequest(
+        data=data, sigma_tn=parse_numbers("--sigma-tn", sigma_tn), seeds=parse_seeds(seeds),
+        baselines=[b.strip() for b in (baselines or "").split(",") if b.strip()], kimg=kimg, preset=preset, num=num,
+        features=features, parallel=parallel, target=target, stop_rate=stop_rate, weight_decay=weight_decay,
+        assignments=assignments or [], gpus=ranks if device == "cuda" else 0,
+    )  # fmt: skip
+    run_sweep(request, out)
 
 
 @app.command()

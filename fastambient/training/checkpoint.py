@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, whole or absent, checked before they are used.
 
 checkpoints/nimg-000000064000/state.safetensors   model.*, ema.*, optimizer.*
-                             /state.json          nimg, sizes of the logs, sums that are still open
+                             /state.json          nimg, sizes of the logs, sums that are still open, how it ended
                              /SHA256SUMS          of both, in the usual text form
 """
 
@@ -77,6 +77,18 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} has checkpoint format {state.get('format_version')}, this version reads {FORMAT_VERSION}"
         )
     return tensors, state
+
+
+def last_state(folder: Path) -> dict[str, Any] | None:
+    """state.json of the newest checkpoint, as it stands; None where there is none, or it cannot be read."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    try:
+        state = json.loads((found[-1] / "state.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def load_latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -99,6 +99,10 @@ class TrainingSettings:
     checkpoint_kimg: float | None = None  # None: a tenth of the run, at most 500
     keep_checkpoints: int = 3
     sample_kimg: float | None = None  # a grid of samples this often; 0: never; None: as checkpoint_kimg
+    audit_kimg: float | None = (
+        None  # audit this often; 0: never; None: never, with stop_when_copying a tenth of the run
+    )
+    stop_when_copying: float | None = None  # end when an audit's copy rate exceeds its control's by more than this
     device: Literal["cpu", "cuda"] = "cpu"  # set by --gpus
     ranks: int = 1  # set by --gpus or --processes; the numbers of a run do not depend on it
 
@@ -106,10 +110,14 @@ class TrainingSettings:
 @dataclass(frozen=True)
 class EvaluationSettings:
     num: int = 1000  # samples
+    audit_num: int = 256  # samples of an audit while training
     threshold: float = 1 / 3  # gap ratio below which a sample counts as a copy
     bootstrap: int = 1000  # resamples of the 95 % interval
     seed: int = 0  # of the bootstrap
     flips: bool = False  # search mirrored training images, too
+    features: str = "efficientnet-lite0"  # embedder of similarity and quality, or PATH.pt; none: pixels alone
+    weights: str | None = None  # file with the embedder's weights; None: where they are looked for
+    preprocess: Literal["standard", "paper"] = "standard"  # paper: DINOv2 at native size, as in Shah et al. (2025)
 
 
 @dataclass(frozen=True)
@@ -253,7 +261,14 @@ def resolve(
     if settings.noise.sigma_tn is None:
         settings = settings.with_values({"noise": {"sigma_tn": default_sigma_tn(resolution)}}, where="default")
     checkpoint = min(t.kimg / 10, 500.0) if t.checkpoint_kimg is None else t.checkpoint_kimg
-    filled = {"checkpoint_kimg": checkpoint, "sample_kimg": checkpoint if t.sample_kimg is None else t.sample_kimg}
+    audit = t.audit_kimg
+    if audit is None:
+        audit = 0.0 if t.stop_when_copying is None else t.kimg / 10
+    filled = {
+        "checkpoint_kimg": checkpoint,
+        "sample_kimg": checkpoint if t.sample_kimg is None else t.sample_kimg,
+        "audit_kimg": audit,
+    }
     settings = settings.with_values({"training": filled}, where="default")
     check(settings)
     return settings
@@ -321,12 +336,17 @@ def check(settings: Settings) -> None:
     need(t.keep_checkpoints >= 1, "training.keep_checkpoints", t.keep_checkpoints, "1 or more")
     finite("training.checkpoint_kimg", t.checkpoint_kimg or 0, above=0)
     finite("training.sample_kimg", t.sample_kimg or 0, least=0)
+    finite("training.audit_kimg", t.audit_kimg or 0, least=0)
+    if t.stop_when_copying is not None:
+        need(0 <= t.stop_when_copying < 1, "training.stop_when_copying", t.stop_when_copying, "a rate in [0, 1)")
+        need(t.audit_kimg != 0, "training.audit_kimg (--audit-every)", t.audit_kimg, "above 0 with --stop-when-copying")
     for name, p in (("dropout", settings.model.dropout), ("label_dropout", settings.model.label_dropout)):
         need(0 <= p < 1, f"model.{name}", p, "a probability in [0, 1)")
     check_sampling(s)
     need(e.bootstrap >= 1, "evaluation.bootstrap", e.bootstrap, "1 or more")
     need(e.seed >= 0, "evaluation.seed", e.seed, "0 or more")
     need(e.num >= 2, "evaluation.num", e.num, "2 or more")
+    need(e.audit_num >= 2, "evaluation.audit_num", e.audit_num, "2 or more")
     need(0 < e.threshold < 1, "evaluation.threshold", e.threshold, "between 0 and 1")
 
 

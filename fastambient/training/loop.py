@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from fastambient.nvml import open_gpu
 from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
 from fastambient.training import checkpoint
+from fastambient.training.audits import Auditor, check_audits, excess
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
 from fastambient.training.data import TrainingSet, store_set, stream_set
 from fastambient.training.distributed import World
@@ -125,10 +126,15 @@ class Trainer:
             keep_freed_memory()
         self.settings = settings = run.read_settings()
         noise_seed = run.read_noise_seed()
+        self.auditor: Auditor | None = None
         if settings.data.stream:
+            check_audits(settings, None)
             self.data = stream_set(run.open_stream())
         else:
-            self.data = store_set(settings, run.open_store(verify=world.first), run.open_clean(), noise_seed)
+            store = run.open_store(verify=world.first)
+            self.data = store_set(settings, store, run.open_clean(), noise_seed)
+            if settings.training.audit_kimg:
+                self.auditor = Auditor(run, settings, store, world)
         t = settings.training
         self.total_nimg = round(t.kimg * 1000)
         self.network = build_network(settings, self.data, world.device)
@@ -151,10 +157,15 @@ class Trainer:
         self.nimg = 0
         self.seconds = 0.0  # of the run so far, over all resumes
         self.log_sizes: dict[str, int] = {}
+        self.audit_owed = False  # a signal came before the audit at nimg
+        self.copying = False  # the stop rule ended the run
 
     def save(self) -> None:
         """Checkpoint and exported weights; rank 0's work."""
         assert self.monitor is not None
+        if self.copying:  # first, so that a run whose checkpoint says that it ended has the weights it ended with
+            assert self.auditor is not None
+            self.auditor.take(self.nimg, self.export)
         tensors: dict[str, Tensor] = {}
         ema = ema_weights(self.optimizer, self.names)
         parts = (
@@ -169,10 +180,17 @@ class Trainer:
             "log_sizes": self.monitor.sizes(),
             "sigma_loss": self.sigma_loss.sums.tolist(),
             "weights_metadata": self.metadata(),
+            "audit_owed": self.audit_owed,
+            "ended": "copying" if self.copying else None,
         }
         keep = self.settings.training.keep_checkpoints
         checkpoint.save(self.run.checkpoints, self.nimg, tensors, state, keep=keep)
-        export(self.run.weights, self.network.state_dict() | ema, self.metadata())
+        if not self.copying:
+            self.export(self.run.weights)
+
+    def export(self, path: Path) -> None:
+        """The EMA weights of now as a model.safetensors."""
+        export(path, self.network.state_dict() | ema_weights(self.optimizer, self.names), self.metadata())
 
     def restore(self) -> bool:
         """Continue from the newest sound checkpoint, if there is one."""
@@ -189,6 +207,7 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, self.names, parts["optimizer"])
         self.sigma_loss.sums.copy_(torch.tensor(state["sigma_loss"], dtype=torch.float64))
         self.nimg, self.seconds, self.log_sizes = state["nimg"], state["seconds"], state["log_sizes"]
+        self.audit_owed, self.copying = state.get("audit_owed", False), state.get("ended") == "copying"
         return True
 
     def metadata(self) -> dict[str, Any]:
@@ -205,17 +224,40 @@ class Trainer:
             "nimg": self.nimg,
         }
 
-    def sample_grid(self) -> None:
-        """Pictures of the first sample seeds with the EMA weights; a diverged model gives a warning, not an end."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.data.channels, self.data.resolution, self.data.resolution
+
+    def ema_denoiser(self) -> EDMDenoiser:
+        """The EMA weights of now, in a copy of the network: training's own stays as it is."""
         if not hasattr(self, "ema_network"):
             self.ema_network = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.ema_network.load_state_dict(self.network.state_dict() | ema_weights(self.optimizer, self.names))
-        assert self.settings.noise.sigma_data is not None and self.monitor is not None
-        denoiser = EDMDenoiser(self.ema_network, sigma_data=self.settings.noise.sigma_data, label_dim=self.num_classes)
-        shape = (self.data.channels, self.data.resolution, self.data.resolution)
+        assert self.settings.noise.sigma_data is not None
+        return EDMDenoiser(self.ema_network, sigma_data=self.settings.noise.sigma_data, label_dim=self.num_classes)
+
+    def audit(self, stop: StopSignal) -> None:
+        """Audit the EMA weights, on every rank; `audit_owed` and `copying` say what came of it."""
+        assert self.auditor is not None
+        found = self.auditor(
+            self.ema_denoiser(), self.shape, self.nimg, stopping=lambda: stop.signum is not None
+        )  # fmt: skip
+        self.audit_owed, self.copying = found.interrupted, found.copying
+        if found.row is not None:
+            assert self.monitor is not None
+            self.monitor.audit(found.row)
+            rate = self.settings.training.stop_when_copying
+            if rate is not None and excess(found.row) <= rate:
+                self.auditor.keep(self.nimg, self.export)
+
+    def sample_grid(self) -> None:
+        """Pictures of the first sample seeds with the EMA weights; a diverged model gives a warning, not an end."""
+        assert self.monitor is not None
         sampling = SamplingSettings(**self.settings.tree()["sampling"])
         try:
-            picture = grid(sample(denoiser, _GRID_SEEDS, shape=shape, settings=sampling, graph=False))
+            picture = grid(
+                sample(self.ema_denoiser(), _GRID_SEEDS, shape=self.shape, settings=sampling, graph=False)
+            )  # fmt: skip
         except FastambientError as error:
             warn(str(error))
             return
@@ -231,8 +273,9 @@ class Trainer:
         t, world = self.settings.training, self.world
         if world.first:
             self.monitor = Monitor(
-                self.run, nimg=self.nimg, total_nimg=self.total_nimg, device=world.device, sizes=self.log_sizes
-            )
+                self.run, nimg=self.nimg, total_nimg=self.total_nimg, device=world.device, sizes=self.log_sizes,
+                stop_rate=t.stop_when_copying,
+            )  # fmt: skip
             work = work_of(
                 self.settings, channels=self.data.channels, num_classes=self.data.num_classes, ranks=world.size,
                 gpu=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
@@ -243,7 +286,12 @@ class Trainer:
             gpu.read()  # energy counts from here
         with StopSignal().listen() as stop, no_automatic_collection():
             began, first = time.perf_counter(), self.nimg
-            while self.nimg < self.total_nimg:
+            if self.audit_owed:
+                self.audit(stop)
+                if self.audit_owed:  # the checkpoint says so already
+                    self.interrupted(stop)
+                saved_at = -1
+            while self.nimg < self.total_nimg and not self.copying:
                 step_began = time.perf_counter()
                 line = self.monitor is not None and self.monitor.line_due()
                 result = self.step(self.nimg, stop=stop.signum is not None, line=line)
@@ -255,6 +303,11 @@ class Trainer:
                 elapsed = now - step_began
                 self.seconds, began = self.seconds + now - began, now  # with the pictures and checkpoints in between
                 finished = self.nimg >= self.total_nimg
+                if self.auditor is not None and (finished or crosses(self.nimg, t.batch, t.audit_kimg or 0)):
+                    self.audit_owed = result.stop
+                    if not result.stop:
+                        self.audit(stop)
+                finished = finished or self.copying
                 due = finished or crosses(self.nimg, t.batch, t.checkpoint_kimg or 0)
                 if due:
                     gc.collect()
@@ -273,29 +326,33 @@ class Trainer:
                         self.monitor.sigma_row(self.sigma_loss.row(self.nimg))
                     if crosses(self.nimg, t.batch, t.sample_kimg or 0) or (finished and t.sample_kimg):
                         self.sample_grid()
-                    if due or result.stop:
+                    if due or result.stop or self.audit_owed:
                         self.save()
                         saved_at = self.nimg
-                if result.stop and not finished:
-                    signum = stop.signum or signal.SIGTERM
-                    name = signal.Signals(signum).name
-                    if self.monitor is not None:
-                        self.monitor.close()
-                    raise Interrupted(
-                        signum,
-                        f"stopped by {name} at {self.nimg / 1000:g} kimg, checkpoint written;"
-                        f" {how_to_resume(self.run.path)}",
-                    )
+                if (result.stop and not finished) or self.audit_owed:
+                    self.interrupted(stop)
             self.seconds += time.perf_counter() - began
         if self.monitor is not None:
             if saved_at != self.nimg:
                 self.save()
             self.monitor.close()
-            say(f"finished {self.nimg / 1000:g} kimg in {duration(self.seconds)}: {self.run.weights}")
+            done = "finished" if not self.copying else "stopped when copying, at"
+            say(f"{done} {self.nimg / 1000:g} kimg in {duration(self.seconds)}: {self.run.weights}")
             predicted = self.predicted_memory
             of_the_run = "" if predicted is None else f"; {predicted / 2**30:.2f} GiB were predicted for the run's own"
             whole = "of the GPU" if world.device.type == "cuda" else "of the process with its libraries"
             say(f"peak memory {peak_memory(world.device) / 2**30:.2f} GiB {whole}{of_the_run}")
+
+    def interrupted(self, stop: StopSignal) -> NoReturn:
+        """End by the signal that came, or that another rank got; the checkpoint is written."""
+        signum = stop.signum or signal.SIGTERM
+        if self.monitor is not None:
+            self.monitor.close()
+        raise Interrupted(
+            signum,
+            f"stopped by {signal.Signals(signum).name} at {self.nimg / 1000:g} kimg, checkpoint written;"
+            f" {how_to_resume(self.run.path)}",
+        )
 
 
 def train(path: Path, world: World, *, resume: bool) -> None:
@@ -323,6 +380,8 @@ def train(path: Path, world: World, *, resume: bool) -> None:
             f"{s.training.precision}")  # fmt: skip
         say(f"{message}; sigma_data {n.sigma_data:.4g}")
         say(trainer.loader_line)
+        if trainer.auditor is not None:
+            say(trainer.auditor.message())
         for note in filter(None, (warning, *_notes(s, trainer.data))):
             warn(note)
         if resume:

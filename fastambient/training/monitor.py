@@ -92,16 +92,19 @@ class Monitor:
     """Writes the logs of rank 0. `sizes` of the last checkpoint cut off what a killed run logged after it."""
 
     def __init__(
-        self, run: RunFolder, *, nimg: int, total_nimg: int, device: torch.device, sizes: dict[str, int]
-    ) -> None:
+        self, run: RunFolder, *, nimg: int, total_nimg: int, device: torch.device, sizes: dict[str, int],
+        stop_rate: float | None = None,
+    ) -> None:  # fmt: skip
         from torch.utils.tensorboard import SummaryWriter
 
         truncate(run.stats, sizes.get("stats", 0))
         truncate(run.sigma_loss, sizes.get("sigma_loss", 0))
+        truncate(run.audits, sizes.get("audits", 0))
+        self.run = run
         self.stats = open(run.stats, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self.sigma_loss = open(run.sigma_loss, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self.writer = SummaryWriter(str(run.tensorboard), purge_step=nimg, flush_secs=30)
-        self.total_nimg, self.device = total_nimg, device
+        self.total_nimg, self.device, self.stop_rate = total_nimg, device, stop_rate
         self.line_time, self.line_nimg = time.monotonic(), nimg
         self.start_time, self.start_nimg = self.line_time, nimg
         self.recent: list[dict[str, Any]] = []
@@ -111,7 +114,8 @@ class Monitor:
         """How long the logs are, for the checkpoint."""
         self.stats.flush()
         self.sigma_loss.flush()
-        return {"stats": self.stats.tell(), "sigma_loss": self.sigma_loss.tell()}
+        audits = self.run.audits.stat().st_size if self.run.audits.exists() else 0
+        return {"stats": self.stats.tell(), "sigma_loss": self.sigma_loss.tell(), "audits": audits}
 
     def step(self, record: dict[str, Any]) -> None:
         self.stats.write(json.dumps(record) + "\n")
@@ -165,6 +169,18 @@ class Monitor:
             if b["draws"]:
                 self.writer.add_scalar(f"loss_per_sigma/from_{b['sigma_from']:g}", b["loss"], row["nimg"])
         say(sigma_table(row))
+
+    def audit(self, row: dict[str, Any]) -> None:
+        """A row of audits.jsonl, TensorBoard's points and the figure."""
+        from fastambient.training.audits_plot import plot_audits
+
+        with open(self.run.audits, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        points = {"copy_rate": row["rate"], "holdout_rate": row["holdout_rate"], "fd": row["fd"]}
+        for name, value in (points | {"excess": row["train_rate"] - row["holdout_rate"]}).items():
+            self.writer.add_scalar(f"audit/{name}", value, row["nimg"])
+        plot_audits(self.run.path / "audits", self.run.read_audits(), rate=self.stop_rate)
+        self.line_time += row["seconds"]  # the rate of the next line is training's
 
     def picture(self, name: str, image: Any, nimg: int) -> None:
         self.writer.add_image(name, image, nimg)

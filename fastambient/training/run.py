@@ -6,6 +6,8 @@ store/              the prepared data set, where the run was started from a SOUR
 store_sha256        of the manifest of the STORE that the run was started on, which lies elsewhere
 stats.jsonl         one object per optimizer step
 sigma_loss.jsonl    loss per noise level, one object per checkpoint
+audits.jsonl        copying and quality while it trained, one object per audit, drawn in audits.png and audits.svg
+snapshots/          EMA weights of audits, where a rule may stop the run and go back to them
 checkpoints/        nimg-000000064000/ ...
 model.safetensors   EMA weights, self-contained
 samples/  metrics.json  tensorboard/
@@ -40,6 +42,8 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.stats = path / "stats.jsonl"
         self.sigma_loss = path / "sigma_loss.jsonl"
+        self.audits = path / "audits.jsonl"
+        self.snapshots = path / "snapshots"
         self.checkpoints = path / "checkpoints"
         self.weights = path / "model.safetensors"
         self.samples = path / "samples"
@@ -146,6 +150,9 @@ class RunFolder:
     def read_sigma_loss(self) -> list[dict[str, Any]]:
         return _read_lines(self.sigma_loss)
 
+    def read_audits(self) -> list[dict[str, Any]]:
+        return _read_lines(self.audits)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for writing, and drop what a killed writer left half-written. The lock vanishes with the
@@ -156,7 +163,7 @@ class RunFolder:
         except Timeout:
             raise InputError(f"another process is training in {self.path}; wait for it or stop it") from None
         try:
-            for folder in (self.path, self.checkpoints):
+            for folder in (self.path, self.checkpoints, self.snapshots):
                 remove_leftovers(folder)
             yield
         finally:

@@ -29,6 +29,8 @@ from fastambient.errors import FastambientError, InputError, check_seed
 from fastambient.files import new_folder, refuse_existing
 from fastambient.processes import die_with_parent
 from fastambient.training import checkpoint
+from fastambient.training.audits import check_audits
+from fastambient.training.auto_sigma import choose_sigma_tn
 from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
 from fastambient.training.data import check_hand_out, measure_sigma_data, open_clean, open_stream, store_set
 from fastambient.training.distributed import (
@@ -56,6 +58,7 @@ class TrainRequest:
     options: Mapping[str, Mapping[str, Any]] | None = None  # settings tree of explicit options
     noise_seed: int | None = None
     fit: bool = False  # find the largest micro-batch that fits: ``--batch auto``
+    auto_sigma_tn: bool = False  # choose it from a pilot run: ``--sigma-tn auto``
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def plan(request: TrainRequest) -> Plan:
         store_set(settings, data, clean, noise_seed=0)
     elif d.clean is not None or settings.noise.regime == "ambient":
         raise InputError("--clean and --regime ambient are for a store that was handed out (prepare --hand-out)")
+    check_audits(settings, data)
     if settings.data.use_labels and not data.num_classes:
         raise InputError(f"data.use_labels: {settings.data.source} has no class labels")
     t = settings.training
@@ -233,6 +237,7 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
                 plan.data, run.store, sigma_tn=n.sigma_tn, noise_seed=plan.noise_seed, train=d.train, holdout=d.holdout,
                 split_seed=d.split_seed, noisy=d.noisy,
             )  # fmt: skip
+            check_audits(plan.settings, store)
             seed = store.noise_seed
             source = d.source if not Path(d.source).exists() else str(Path(d.source).resolve())
             sides, sigma_data = (len(store.train), len(store.holdout)), store.sigma_data
@@ -269,8 +274,8 @@ def start(path: Path, *, resume: bool = False, ranks: int | None = None, device:
         ranks, device = ranks or t.ranks, device or t.device
         if t.batch % ranks:
             raise InputError(f"a batch of {t.batch} does not divide among {ranks} ranks; use a divisor of {t.batch}")
-        if resume and _finished(run, settings):
-            say(f"{path} is finished: {t.kimg:g} kimg, weights in {run.weights}")
+        if resume and (how := finished(run, settings)):
+            say(f"{path} is finished: {how}, weights in {run.weights}")
             return
         if ranks == 1:
             train(path, World(device=torch.device(device)), resume=resume)
@@ -294,13 +299,15 @@ def _says_how_to_resume(path: Path) -> Iterator[None]:
         raise Interrupted(signum, f"stopped by {signum.name}; {how_to_resume(path)}") from None
 
 
-def _finished(run: RunFolder, settings: Settings) -> bool:
-    done = checkpoint.checkpoints(run.checkpoints)
-    return (
-        bool(done)
-        and int(done[-1].name.removeprefix("nimg-")) >= settings.training.kimg * 1000
-        and run.weights.is_file()
-    )
+def finished(run: RunFolder, settings: Settings) -> str:
+    """How a run came to its end, in words: by its length, or by the stop rule. "" where it goes on when resumed."""
+    state = checkpoint.last_state(run.checkpoints)
+    if state is None or not run.weights.is_file() or state.get("audit_owed"):
+        return ""
+    if state.get("ended") == "copying":
+        rate = settings.training.stop_when_copying
+        return f"stopped at {state['nimg'] / 1000:g} kimg, where copying exceeded the control by more than {rate:.3g}"
+    return f"{settings.training.kimg:g} kimg" if state["nimg"] >= settings.training.kimg * 1000 else ""
 
 
 def _rank(path: str, device: str, resume: bool) -> int:
@@ -329,8 +336,19 @@ def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None
     out = out or RunFolder.new_name()
     if not inside_launcher():
         refuse_existing(out, force=force, marker="config.yaml")  # before the data is opened
-        start(create_run(plan(request), out, force=force))
+        choice = None
+        if request.auto_sigma_tn:
+            choice = choose_sigma_tn(request, out)
+            options = {k: dict(v) for k, v in (request.options or {}).items()}
+            options.setdefault("noise", {})["sigma_tn"] = choice.sigma_tn
+            request = replace(request, options=options, auto_sigma_tn=False)
+        create_run(plan(request), out, force=force)
+        if choice is not None:
+            choice.write(out)
+        start(out)
         return
+    if request.auto_sigma_tn:
+        raise InputError("--sigma-tn auto trains a pilot run first, which a launcher's ranks do not; name a --sigma-tn")
     # The launcher's ranks are the run's: a batch must divide among them before a folder is made.
     options = {k: dict(v) for k, v in (request.options or {}).items()}
     options.setdefault("training", {})["ranks"] = int(os.environ["WORLD_SIZE"])
@@ -351,9 +369,9 @@ def _under_torchrun(prepare_run: Callable[[], Path], *, resume: bool) -> None:
     path = run_from_first(world, prepare_run)
     run = RunFolder.existing(path)
     with run.lock() if world.first else contextlib.nullcontext():
-        if resume and _finished(run, run.read_settings()):
+        if resume and (how := finished(run, run.read_settings())):
             if world.first:
-                say(f"{path} is finished: weights in {run.weights}")
+                say(f"{path} is finished: {how}, weights in {run.weights}")
         else:
             train(path, world, resume=resume)
     leave_world()
@@ -361,6 +379,8 @@ def _under_torchrun(prepare_run: Callable[[], Path], *, resume: bool) -> None:
 
 def describe(request: TrainRequest) -> str:
     """The settings of a run with its parameter count, memory and time: ``--dry-run``."""
+    if request.auto_sigma_tn:
+        raise InputError("--dry-run trains nothing, and --sigma-tn auto needs a pilot run; name a --sigma-tn")
     planned = plan(request)
     s = planned.settings
     estimate = estimate_run(s, channels=planned.data.channels, num_classes=planned.data.num_classes)

@@ -1,0 +1,249 @@
+"""Quality against copying over sigma_tn, with every baseline and three seeds: the measured part of docs/results.md.
+
+    python benchmarks/reproduce.py --out runs/reproduce --source ../shared/data/cifar10-train.zip --table docs/results.md
+
+Parts, each also alone (--part): digits (8x8, 100 and 300 training images), pictures (--source at 16x16 and 32x32, 300
+training images), figures (denoised images over noise levels: much data, little data by EDM, little data ambient).
+Everything is resumable: the same command goes on, finished cells are kept. Hours on 2 cores, minutes on a GPU.
+The document is made of what is on disk alone, so a part that was not measured is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import protocol
+import torch
+
+from fastambient.console import duration, say, warn
+from fastambient.diffusion.ambient import default_sigma_tn
+from fastambient.files import write_bytes, write_json
+from fastambient.sweep import BASELINES, SweepRequest, sweep
+from fastambient.sweep_results import KINDS, over_seeds, table
+
+PARTS = ("digits", "pictures", "figures")
+SEEDS = (0, 1, 2)
+NUM = 1000
+DIGITS = {100: 64.0, 300: 192.0}  # training images: kimg, as many epochs each
+DIGITS_SIGMA_TN = (0.0, 0.1, 0.2, 0.4)
+PICTURES = {16: 100.0, 32: 100.0}  # resolution: kimg
+PICTURES_TRAIN, PICTURES_HOLDOUT = 300, 1000
+SCALES = (0.0, 0.5, 1.0, 2.0)  # of 1.5*R/64
+MANY = {"digits": 1500, "pictures": 10_000}  # training images of the figures' first row
+TINY = ["model.model_channels=8", "model.channel_mult=[1,2]", "model.attn_resolutions=[4]", "model.num_blocks=1",
+        "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]  # fmt: skip
+
+
+def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
+    """The sweeps of the parts asked for by the folder's name; with figures, the runs on much data as well."""
+    a = arguments
+    common: dict[str, Any] = {
+        "seeds": tuple(range(a.seeds)), "num": 12 if a.tiny else NUM, "parallel": a.parallel, "gpus": a.gpus,
+        "noise_seed": a.noise_seed,
+    }  # fmt: skip
+    own = TINY if a.tiny else []
+    found: dict[str, SweepRequest] = {}
+
+    def add(name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: str) -> None:
+        kimg = a.kimg or (0.016 if a.tiny else kimg)
+        sigma_tn = (0.0, sigma_tn[2]) if a.tiny else sigma_tn
+        set_here = [*own, *assignments]
+        found[name] = SweepRequest(
+            data=data, sigma_tn=sigma_tn, baselines=BASELINES, kimg=kimg, assignments=set_here, **common
+        )
+        if "figures" in a.part:
+            other = [x if not x.startswith("data.train=") else f"data.train={many}" for x in set_here]
+            much = {"seeds": (0,), "sigma_tn": (0.0,)}
+            found[f"{name}-many"] = SweepRequest(data=data, kimg=kimg, assignments=other, **(common | much))
+
+    if "digits" in a.part:
+        for images, kimg in list(DIGITS.items())[: 1 if a.tiny else None]:
+            add(f"digits-{images}", "digits", DIGITS_SIGMA_TN, kimg, f"data.train={images}", many=str(MANY["digits"]))
+    if "pictures" in a.part and a.source:
+        for pixels, kimg in list(PICTURES.items())[: 1 if a.tiny else None]:
+            train, holdout, many = (20, 10, 30) if a.tiny else (PICTURES_TRAIN, PICTURES_HOLDOUT, MANY["pictures"])
+            levels = tuple(scale * default_sigma_tn(pixels) for scale in SCALES)
+            add(
+                f"pictures-{pixels}", a.source, levels, kimg, f"data.resolution={pixels}", f"data.train={train}",
+                f"data.holdout={holdout}", many=str(many),
+            )  # fmt: skip
+    return found
+
+
+def differences(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each ambient model against each baseline, seed by seed: mean differences with Student's 95 % intervals.
+
+    clear : better in copies or in FD, the interval without 0, and not so worse in the other
+    """
+    cells = summary["cells"]
+
+    def seeds_of(kind: str, sigma_tn: float) -> dict[int, dict[str, Any]]:
+        return {c["seed"]: c for c in cells if c["kind"] == kind and c["sigma_tn"] == sigma_tn}
+
+    rows = []
+    for sigma_tn in sorted({c["sigma_tn"] for c in cells if c["kind"] == "ambient"}):
+        ours = seeds_of("ambient", sigma_tn)
+        for kind in ("edm", *(k for k in KINDS if k in BASELINES)):
+            theirs = seeds_of(kind, sigma_tn if kind == "fresh-noise" else 0.0)
+            both = sorted(ours.keys() & theirs.keys())
+            if not both:
+                continue
+            row: dict[str, Any] = {"sigma_tn": sigma_tn, "against": kind, "seeds": len(both)}
+            better, worse = [], []
+            for key in ("excess", "fd"):
+                row[key] = over_seeds([ours[s][key] - theirs[s][key] for s in both])
+                interval = row[key]["interval"] or [-1e9, 1e9]
+                better += [key] * (interval[1] < 0)
+                worse += [key] * (interval[0] > 0)
+            row["clear"] = bool(better) and not worse
+            if better and worse:
+                row["found"] = "a trade"
+            else:
+                row["found"] = "better" if better else "worse" if worse else "no clear difference"
+            rows.append(row)
+    return rows
+
+
+def _signed(found: dict[str, Any], scale: float, form: str) -> str:
+    interval = found["interval"]
+    text = format(scale * found["mean"], form)
+    return text if interval is None else f"{text} ({scale * interval[0]:{form}} to {scale * interval[1]:{form}})"
+
+
+def section(name: str, folder: Path) -> list[str]:
+    """The document's part about one sweep."""
+    summary = json.loads((folder / "sweep.json").read_text())
+    machine = json.loads((folder / "machine.json").read_text())
+    s, cells = summary["settings"], summary["cells"]
+    spent = sum(c["seconds"] for c in cells)
+    overrides = [x for x in s["assignments"] if not x.startswith("data.")]
+    lines = [
+        f"## {name}",
+        "",
+        f"{s['train']:,} training and {s['holdout']:,} held-out images of {s['resolution']}x{s['resolution']}"
+        f" ({Path(s['data']).name}), {s['kimg']:g} kimg a run, {s['num']:,} samples, seeds {s['seeds']}; weight decay"
+        f" {s['weight_decay']:g} (AdamW), early stop at {100 * s['stop_rate']:g} %"
+        f"{'; ' + ', '.join(overrides) if overrides else ''}. {len(cells)} runs, {duration(spent)} of training in all, on"
+        f" {machine['machine']}, measured {machine['date']}.",
+        "",
+        table(summary).rstrip(),
+        "",
+        "Ambient less the baseline, seed by seed (below 0 is better), with 95 % intervals:",
+        "",
+        "| sigma_tn | against | seeds | copies less the control, in points | FD | |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = differences(summary)
+    for r in rows:
+        lines.append(
+            f"| {r['sigma_tn']:g} | {KINDS[r['against']]} | {r['seeds']} | {_signed(r['excess'], 100, '+.1f')} |"
+            f" {_signed(r['fd'], 1, '+.3g')} | {r['found']} |"
+        )
+    clear = {k: [r["sigma_tn"] for r in rows if r["against"] == k and r["clear"]] for k in ("edm", "early-stop")}
+    both = [f"{x:g}" for x in clear["edm"] if x in clear["early-stop"]]
+    lines += [
+        "",
+        f"Better than EDM and than early stopping, clear of the noise between seeds, at sigma_tn {', '.join(both)}."
+        if both
+        else "At no sigma_tn is the gain over EDM and over early stopping clear of the noise between seeds here.",
+        "",
+    ]
+    return lines
+
+
+def document(out: Path) -> str:
+    """docs/results.md from every sweep in `out`."""
+    lines = [
+        "# Results: quality against copying",
+        "",
+        "`make reproduce` writes this page from its runs (benchmarks/reproduce.py); every row was measured. EMA weights;"
+        " copies by gap ratio d1/d2 < 1/3 in pixel space, the control searches equally many held-out images; baselines:"
+        " EDM, fresh noise, weight decay, early stopping.",
+        "",
+    ]
+    there = [p for p in sorted(out.iterdir()) if (p / "machine.json").is_file() and not p.name.endswith("-many")]
+    for folder in there:
+        lines += section(folder.name, folder)
+    if not there:
+        lines += ["Nothing is measured yet.", ""]
+    lines += [
+        "What this does not show: other data, sizes and lengths; that a lower copy rate is privacy (it is not); copies"
+        " that are near in meaning and not in pixels. With three seeds an interval is wide, and a difference that is not"
+        " clear may still be there.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw_figures(out: Path, names: list[str]) -> None:
+    """Denoised images over noise levels, for each sweep that has a run on much data beside it."""
+    for name in names:
+        folder, many = out / name, out / f"{name}-many" / "edm-seed0"
+        if not (folder / "sweep.json").is_file() or not many.is_dir():
+            warn(f"{folder} is not swept yet, or its run on much data is not there: no figure")
+            continue
+        summary = json.loads((folder / "sweep.json").read_text())
+        levels = sorted(c["sigma_tn"] for c in summary["cells"] if c["kind"] == "ambient" and c["seed"] == 0)
+        level = summary["chosen"]["sigma_tn"] or levels[len(levels) // 2]
+        runs = [many, folder / "edm-seed0", folder / f"ambient-{level:g}-seed0"]
+        command = [sys.executable, "-m", "fastambient", "figure", "denoised", *map(str, runs), "--out"]
+        done = subprocess.run([*command, str(out / f"denoised-{name}.png")], check=False)
+        if done.returncode:
+            warn(f"figure denoised of {name} failed with exit code {done.returncode}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/reproduce"), help="folder of the sweeps")
+    add(
+        "--part",
+        type=lambda text: text.split(","),
+        default=list(PARTS),
+        help="of digits,pictures,figures (default all)",
+    )
+    add("--source", help="pictures for the second part: a folder, an EDM zip, or any other SOURCE")
+    add("--table", type=Path, help="Markdown file to write, docs/results.md (default: print only)")
+    add("--kimg", type=float, help="length of every run (default: each part's own)")
+    add("--seeds", type=int, default=len(SEEDS), help="number of seeds (default 3)")
+    add("--noise-seed", type=int, default=1000, help="of the first cell's fixed noise, the others count on")
+    add("--parallel", type=int, help="cells at once (default: one a GPU; without one, one a CPU core)")
+    add("--gpus", type=int, default=gpus, help="GPUs to spread the cells over; 0 is the CPU (default: all)")
+    add("--tiny", action="store_true", help="a rehearsal of minutes with tiny networks; measures nothing")
+    arguments = parser.parse_args(argv)
+    if wrong := sorted(set(arguments.part) - set(PARTS)):
+        parser.error(f"--part {','.join(wrong)}: not one of {', '.join(PARTS)}")
+    if "pictures" in arguments.part and not arguments.source:
+        warn("--source names no pictures: the part on pictures is left out")
+    if arguments.part == ["figures"]:  # of whatever there is
+        draw_figures(arguments.out, [p.name for p in sorted(arguments.out.glob("*")) if (p / "machine.json").is_file()
+                                     and not p.name.endswith("-many")])  # fmt: skip
+        return
+    names = []
+    for name, request in requests(arguments).items():
+        say(f"{name}")
+        sweep(request, arguments.out / name)
+        machine = arguments.out / name / "machine.json"
+        if not machine.is_file():  # the sweep was finished here, so its cells were trained here
+            found = protocol.environment(torch.device("cuda" if request.gpus else "cpu"))
+            words = f"{found['device']}, torch {torch.__version__}"
+            write_json(machine, {"machine": words, "date": str(date.today())})
+        if not name.endswith("-many"):
+            names.append(name)
+    if "figures" in arguments.part:
+        draw_figures(arguments.out, names)
+    text = document(arguments.out)
+    print(text)
+    if arguments.table:
+        write_bytes(arguments.table, text.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The words and numbers of report.html: a sentence for each run, and the table of figures with what each one means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+COPYING, QUALITY = "Copying", "Quality"
+_QUALITY = {  # by the first word of a figure's name, as `quality.figure_name` writes it: which end is better, meaning
+    "fd": ("lower", "Frechet distance of the samples to images that never trained."),
+    "fid": ("lower", "Frechet distance in Inception features to images that never trained."),
+    "kid": ("lower", "Kernel distance to images that never trained, unbiased also for few pictures."),
+    "precision": ("higher", "Share of samples that lie among images that never trained: do they look right?"),
+    "recall": ("higher", "Share of images that never trained that lie among the samples: are they varied?"),
+    "density": ("higher", "How densely images that never trained surround a sample; may exceed 1."),
+    "coverage": ("higher", "Share of images that never trained that have a sample near by."),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of one run: where it stands in the table, what it is, what it means, and what is said beside it.
+
+    value: text; "" where it was not or could not be measured.
+    better: "lower", "higher" or "".
+    """
+
+    section: str
+    name: str
+    space: str
+    meaning: str
+    value: str
+    detail: str = ""
+    better: str = ""
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
+
+
+def interval(ci95: Sequence[float]) -> str:
+    """Both ends of an interval of shares: ``10.1-14.0 %``, with a dash."""
+    return f"{100 * ci95[0]:.1f}\N{EN DASH}{100 * ci95[1]:.1f}\N{NO-BREAK SPACE}%"
+
+
+def number(value: float) -> str:
+    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return text.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else text
+
+
+def at(metrics: Any, path: str) -> Any:
+    """What stands at a path of keys joined by "/", or None where a key is missing or what is on the way is None."""
+    for key in path.split("/"):
+        metrics = metrics.get(key) if isinstance(metrics, dict) else None
+    return metrics
+
+
+def summary(metrics: dict[str, Any]) -> dict[str, str]:
+    """What was found about one run: lead (one sentence with its limits) and detail (how it was counted)."""
+    gap, counts = metrics["memorization"]["gap_ratio"], metrics["counts"]
+    samples, train, searched = counts["samples"], counts["train"], at(metrics, "memorization/control/images")
+    lead = f"{percent(gap['rate'])} of samples are copies of a training image (95 % interval {interval(gap['ci95'])})"
+    found = (
+        f"{gap['copies']:,} of {samples:,} samples lie less than {number(gap['threshold'])} times as far from one of"
+        f" the {train:,} training images as from any other."
+    )
+    control = gap.get("holdout_rate")
+    if control is None:
+        lead += "; there is no held-out set, so the control is missing."
+        found += " Without images that never trained it cannot be told how much of this is chance."
+        return {"lead": lead, "detail": found}
+    lead += f"; of held-out images {percent(control)}."
+    if searched is not None:
+        found += f" The control searches {searched:,} held-out images, which the model never saw"
+        rate = at(metrics, "memorization/control/train_rate")
+        if searched < counts.get("train_distinct", searched) and rate is not None:
+            found += f"; against as many training images the rate is {percent(rate)}"
+        found += "."
+    return {"lead": lead, "detail": found}
+
+
+def compare(named: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """How the lowest and the highest copy rate differ; no claim where their intervals touch. "" for a single run."""
+    if len(named) < 2:
+        return ""
+    ordered = sorted(named, key=lambda run: run[1]["memorization"]["gap_ratio"]["rate"])
+    (first, a), (last, b) = ordered[0], ordered[-1]
+    low, high = (m["memorization"]["gap_ratio"] for m in (a, b))
+    if low["ci95"][1] >= high["ci95"][0]:
+        text = f"No difference in copying is shown: the intervals of {first} and {last} overlap."
+    else:
+        text = (
+            f"{first} copies less than {last}: {percent(low['rate'])} against {percent(high['rate'])} of the samples."
+        )
+    values = [at(m, "frechet/pixel/value") for m in (a, b)]
+    if None in values:
+        return text
+    distances = " and ".join(number(v) for v in values)
+    return f"{text} Their Frechet distances to the held-out images are {distances}, in this order (lower is better)."
+
+
+def figures(metrics: dict[str, Any]) -> list[Figure]:
+    """Every figure of a metrics.json, in the order of the table. A figure that was not asked for is left out."""
+    return [*_copying(metrics), *_similarity(metrics), *_likeness(metrics), *_quality(metrics)]
+
+
+def _copying(metrics: dict[str, Any]) -> list[Figure]:
+    m, counts = metrics["memorization"], metrics["counts"]
+    gap, control = m["gap_ratio"], m.get("control") or {}
+    images = control.get("images")
+    beside = f"among {images:,} images" if images else "no held-out images"
+    space = f"pixels, ratio below {number(gap['threshold'])}"
+    rows = [
+        Figure(
+            COPYING, "Copy rate", space,
+            "Share of samples that lie much nearer to one training image than to any other.",
+            percent(gap["rate"]), interval(gap["ci95"]), "lower",
+        ),
+        Figure(
+            COPYING, "Copy rate, held-out control", space,
+            "The same among images that never trained. What stands here is chance, not copying.",
+            _share(gap.get("holdout_rate")), beside,
+        ),
+    ]  # fmt: skip
+    if images and images < counts.get("train_distinct", images) and control.get("train_rate") is not None:
+        rows.append(
+            Figure(
+                COPYING, "Copy rate, equal counts", space,
+                "The same among as many training images as the control searches.",
+                percent(control["train_rate"]), f"among {images:,} images", "lower",
+            )
+        )  # fmt: skip
+    per_image = metrics.get("copies_per_train_image") or m.get("copies_per_train_image")
+    if per_image:
+        most = per_image["top"][0]["copies"] if per_image.get("top") else 0
+        rows.append(
+            Figure(
+                COPYING, "Training images copied", space,
+                "How many different training images turn up as copies.",
+                f"{per_image['images_copied']:,}",
+                f"of {counts.get('train_distinct', counts['train']):,}" + (f", at most {most:,} each" if most else ""),
+                "lower",
+            )
+        )  # fmt: skip
+    train, holdout = control.get("train_median"), at(m, "nearest_distance/holdout_median")
+    if train is None:
+        train = at(m, "nearest_distance/median")
+    for name, value in (("training", train), ("held-out", holdout)):
+        rows.append(
+            Figure(
+                COPYING, f"Nearest {name} image", "pixels, median L2 distance",
+                "Much nearer to training than to held-out images means copying." if name == "training"
+                else "Of equally many images: the nearest of many lies nearer than that of few.",
+                _number(value), beside if name == "held-out" or images else "",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _similarity(metrics: dict[str, Any]) -> list[Figure]:
+    s = metrics.get("similarity")
+    if not s:
+        return []
+    space, rows = f"{s['embedder']}, cosine", []
+    for level in ("0.9", "0.95"):
+        ci, control, excess = s.get(f"above_{level}_ci95"), s.get(f"holdout_above_{level}"), s.get(f"excess_{level}")
+        rows += [
+            Figure(
+                COPYING, f"Similarity above {level}", space,
+                f"Share of samples whose most similar training image has a cosine above {level}.",
+                _share(s.get(f"above_{level}")), interval(ci) if ci else "", "lower",
+            ),
+            Figure(
+                COPYING, f"Excess above {level}", space,
+                "The same less its share among equally many held-out images: what chance does not explain.",
+                _share(excess), "no held-out images" if control is None else f"held-out {percent(control)}",
+                "lower",
+            ),
+        ]  # fmt: skip
+    control = s.get("holdout_mean")
+    rows.append(
+        Figure(
+            COPYING, "Mean highest similarity", space,
+            "To the most similar training image, averaged over the samples.",
+            _number(s.get("mean")), "no held-out images" if control is None else f"held-out {number(control)}",
+        )
+    )  # fmt: skip
+    return rows
+
+
+def _likeness(metrics: dict[str, Any]) -> list[Figure]:
+    rows = []
+    if "mifid" in metrics:
+        m = metrics["mifid"] or {}
+        distance = m.get("distance")
+        rows.append(
+            Figure(
+                COPYING, "MiFID", m.get("embedder", ""),
+                "Frechet distance, made larger where samples lie too near to training images.",
+                _number(m.get("value")), "" if distance is None else f"mean cosine distance {number(distance)}",
+                "lower",
+            )
+        )  # fmt: skip
+    if "fld" in metrics:
+        f = metrics["fld"] or {}
+        sides = [f.get("holdout"), f.get("train")]
+        rows.append(
+            Figure(
+                COPYING, "FLD gap", f.get("embedder", ""),
+                "How much better the samples explain training than held-out images. Near 0 without copying.",
+                _number(f.get("gap")), "" if None in sides else " less ".join(map(_number, sides)), "lower",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _quality(metrics: dict[str, Any]) -> list[Figure]:
+    rows = []
+    for q in metrics.get("quality") or ():
+        for name, value in (q.get("figures") or {}).items():
+            deviation = q.get("kid_std") if name.startswith("KID") else None
+            better, meaning = _QUALITY.get(name.split("-")[0].lower(), ("", ""))
+            beside = "" if deviation is None else f"\N{PLUS-MINUS SIGN} {number(deviation)}"
+            rows.append(
+                Figure(
+                    QUALITY, name[:1].upper() + name[1:], q["embedder"],
+                    meaning, _number(value), beside, better,
+                )
+            )  # fmt: skip
+    for space, f in (metrics.get("frechet") or {}).items():
+        if space != "pixel" and any(q["embedder"] == space for q in metrics.get("quality") or ()):
+            continue
+        own = f.get("train_vs_reference") if f else None
+        rows.append(
+            Figure(
+                QUALITY, "Frechet distance", "pixels" if space == "pixel" else space,
+                "To all held-out images. Beside it what the training images themselves reach: copies reach it, too.",
+                _number(f.get("value") if f else None), "" if own is None else f"training set {number(own)}",
+                "lower",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def table(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Sections of rows {name, space, meaning, cells}, one cell {value, detail} a run; a row is what any run has."""
+    columns = [{(f.section, f.name, f.space): f for f in figures(m)} for m in runs]
+    sections: dict[str, list[dict[str, Any]]] = {COPYING: [], QUALITY: []}
+    for key in dict.fromkeys(k for column in columns for k in column):
+        found = [column.get(key) for column in columns]
+        first = next(f for f in found if f)
+        cells = [{"value": f.value if f else "", "detail": f.detail if f else ""} for f in found]
+        row = {
+            "name": first.name,
+            "space": first.space,
+            "meaning": first.meaning,
+            "better": first.better,
+            "cells": cells,
+        }
+        sections[first.section].append(row)
+    return [(name, rows) for name, rows in sections.items() if rows]
+
+
+def notes(metrics: dict[str, Any]) -> list[str]:
+    """What the figures leave out, as the measurement itself says it."""
+    found = list(metrics.get("notes") or ())
+    for q in metrics.get("quality") or ():
+        found += [f"{q['embedder']}: {note}" for note in q.get("notes") or ()]
+    return found
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else percent(value)
+
+
+def _number(value: Any) -> str:
+    """Text of a number; what is no finite number ("inf" and "nan" are text in metrics.json) is shown as it is."""
+    return "" if value is None else number(value) if isinstance(value, (int, float)) else str(value)

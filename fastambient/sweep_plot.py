@@ -1,0 +1,68 @@
+"""pareto.png and pareto.svg: quality against copying (Fig. 1 of Shah et al., 2025, on the data of a sweep)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastambient.sweep_results import KINDS
+from fastambient.training.audits_plot import save_figure
+
+_STYLE = {  # colour and marker: curves differ by more than colour
+    "edm": ("#2f7ed8", "o"), "ambient": ("#2f7ed8", "o"), "fresh-noise": ("#d9652b", "^"),
+    "weight-decay": ("#3c9d5d", "s"), "early-stop": ("#a35cc0", "D"),
+}  # fmt: skip
+
+
+def plot_pareto(path: Path, summary: dict[str, Any]) -> None:
+    """Copy rate (controlled) rightwards, Frechet distance upwards: the lower left is better.
+
+    Means over seeds with their intervals, every seed as a small point; EDM and the ambient models are one line in the
+    order of sigma_tn, the baselines other markers.
+
+    Parameters
+    ----------
+    path : without suffix
+    summary : of `summarize`
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    rows = summary["configurations"]
+    line = [c for c in rows if c["kind"] in ("edm", "ambient")]
+    axes.plot(
+        [100 * c["excess"]["mean"] for c in line], [c["fd"]["mean"] for c in line], color=_STYLE["ambient"][0],
+        linewidth=1.2, zorder=1,
+    )  # fmt: skip
+    named: set[str] = set()
+    for c in rows:
+        color, marker = _STYLE[c["kind"]]
+        group = "over sigma_tn (0: EDM)" if c["kind"] in ("edm", "ambient") else KINDS[c["kind"]]
+        x, y = 100 * c["excess"]["mean"], c["fd"]["mean"]
+        axes.errorbar(
+            x, y, xerr=_error(c["excess"], 100), yerr=_error(c["fd"], 1), color=color, marker=marker, markersize=7,
+            capsize=2, elinewidth=0.8, linestyle="", label=None if group in named else group, zorder=3,
+        )  # fmt: skip
+        named.add(group)
+        if c["kind"] in ("edm", "ambient", "fresh-noise"):
+            axes.annotate(f"{c['sigma_tn']:g}", (x, y), xytext=(6, 5), textcoords="offset points", color=color)
+    for cell in summary["cells"]:
+        color, marker = _STYLE[cell["kind"]]
+        axes.plot(100 * cell["excess"], cell["fd"], color=color, marker=marker, markersize=3, alpha=0.45, zorder=2)
+    axes.axvline(100 * summary["chosen"]["target"], color="#777777", linewidth=0.9, linestyle=":")
+    space = summary["cells"][0]["fd_space"]
+    axes.set_xlabel("copies less those of the held-out control (% of samples)")
+    axes.set_ylabel(f"Frechet distance to held-out ({space})")
+    axes.set_title("lower left is better; bars: 95 % over seeds; dotted: target", fontsize="small")
+    axes.legend(frameon=False, fontsize="small")
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(path, figure)
+
+
+def _error(found: dict[str, Any], scale: float) -> list[list[float]] | None:
+    if found["interval"] is None:
+        return None
+    low, high = found["interval"]
+    return [[scale * (found["mean"] - low)], [scale * (high - found["mean"])]]

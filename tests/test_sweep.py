@@ -1,0 +1,320 @@
+"""Sweeps: which cells there are, that finished ones are kept, the rule that chooses, and what is drawn and said."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import TINY, cli
+from test_cli import _handlers, run, spawn, wait_for_lines  # noqa: F401
+
+from fastambient import sweep as sweeping
+from fastambient import sweep_plot, sweep_results
+from fastambient.data.preparation import prepare
+from fastambient.data.sources import open_source
+from fastambient.errors import FastambientError, InputError
+from fastambient.sweep import SweepRequest, cells, sweep
+from fastambient.sweep_cell import main as cell_main
+from fastambient.sweep_cell import run_cell
+from fastambient.sweep_results import choose, over_seeds, summarize, table
+from fastambient.training.checkpoint import checkpoints
+from fastambient.training.run import RunFolder
+
+SMALL = [*TINY, "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]
+
+
+def row(kind: str, sigma_tn: float, seed: int, excess: float, fd: float) -> dict:
+    return {
+        "name": f"{kind}-{sigma_tn:g}-{seed}", "kind": kind, "sigma_tn": sigma_tn, "seed": seed, "kimg": 1.0,
+        "kimg_trained": 1.0, "stopped_when_copying": False, "seconds": 1.0, "samples": 1000, "rate": excess + 0.01,
+        "ci95": [0.0, 0.5], "train_rate": excess + 0.01, "holdout_rate": 0.01, "excess": excess, "fd": fd,
+        "fd_space": "pixel", "train_fd": 1.4,
+    }  # fmt: skip
+
+
+def chosen(*levels: tuple[float, float, float], target: float = 0.05, within: float = 0.1) -> dict:
+    """`choose` over (sigma_tn, controlled rate, FD)."""
+    rows = [row("ambient" if s else "edm", s, 0, rate, fd) for s, rate, fd in levels]
+    return choose(summarize(rows, target=target, within=within)["configurations"], target=target, within=within)
+
+
+def test_the_rule_takes_the_smallest_level_that_copies_little_and_is_as_good():
+    found = chosen((0, 0.6, 1.5), (0.1, 0.2, 1.5), (0.2, 0.04, 1.6), (0.4, 0.01, 1.6))
+    assert found["sigma_tn"] == 0.2 and "4.0 % copies at FD 1.6" in found["reason"]
+    assert "at most 5 %" in found["rule"] and "within 10 % of the best" in found["rule"]
+    assert chosen((0, 0.6, 1.5), (0.2, 0.05, 1.65))["sigma_tn"] == 0.2, "both limits are included"
+    assert chosen((0, 0.6, 1.5), (0.2, 0.04, 1.66), (0.4, 0.04, 1.6))["sigma_tn"] == 0.4
+    assert chosen((0.4, 0.01, 1.5), (0.1, 0.04, 1.5))["sigma_tn"] == 0.1, "whatever their order"
+    assert chosen((0, 0.6, 1.5), (0.2, 0.15, 1.5), target=0.2)["sigma_tn"] == 0.2
+    plain = chosen((0, 0.04, 1.5), (0.2, 0.0, 1.5))
+    assert plain["sigma_tn"] == 0 and "plain EDM does not copy more" in plain["reason"]
+
+
+def test_no_level_is_chosen_where_none_meets_the_rule():
+    copying = chosen((0, 0.6, 1.5), (0.2, 0.3, 1.5))
+    assert copying["sigma_tn"] is None and "the fewest copies are 30.0 % (sigma_tn 0.2)" in copying["reason"]
+    worse = chosen((0, 0.6, 1.5), (0.2, 0.01, 1.9))
+    assert worse["sigma_tn"] is None and "FD of 1.9 (sigma_tn 0.2) or more, above 1.65" in worse["reason"]
+
+
+def test_baselines_are_never_chosen_and_do_not_set_the_best():
+    rows = [row("edm", 0, 0, 0.5, 1.5), row("ambient", 0.2, 0, 0.01, 1.6), row("early-stop", 0, 0, 0.0, 1.0)]
+    rows += [row("fresh-noise", 0.1, 0, 0.0, 1.0), row("weight-decay", 0, 0, 0.0, 1.0)]
+    assert summarize(rows, target=0.05, within=0.1)["chosen"]["sigma_tn"] == 0.2
+
+
+def test_means_and_intervals_over_seeds():
+    rows = [row("edm", 0, seed, rate, 1.5) for seed, rate in enumerate((0.2, 0.3, 0.4))]
+    (found,) = summarize(rows, target=0.05, within=0.1)["configurations"]
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t at 2 degrees of freedom
+    assert found["excess"]["mean"] == pytest.approx(0.3)
+    assert found["excess"]["interval"] == pytest.approx([0.3 - half, 0.3 + half], rel=1e-5)
+    assert found["seeds"] == [0, 1, 2] and found["fd"]["interval"] == pytest.approx([1.5, 1.5])
+    assert over_seeds([1.0]) == {"mean": 1.0, "interval": None}
+    (single,) = summarize(rows[:1], target=0.05, within=0.1)["configurations"]
+    assert single["rate"]["interval"] == [0.0, 0.5], "of the samples"
+    (wide,) = summarize([row("edm", 0, s, r, 1.5) for s, r in ((0, 0.0), (1, 0.2))], target=0.05, within=0.1)[
+        "configurations"
+    ]
+    assert wide["rate"]["interval"] == [0.0, 1.0], "a rate is a share"
+
+
+def test_the_table_says_what_it_holds_and_the_curve_is_drawn(tmp_path):
+    rows = [row(k, s, seed, 0.5 - s + seed / 50, 1.5 + s) for seed in (0, 1)
+            for k, s in (("edm", 0), ("ambient", 0.2), ("fresh-noise", 0.2), ("weight-decay", 0), ("early-stop", 0))]  # fmt: skip
+    summary = summarize(rows, target=0.05, within=0.1)
+    text = table(summary)
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:7]] == list(sweep_results.KINDS.values())
+    assert "Student's 95 %" in text and "Chosen sigma_tn: **none**" in text and "1,000 samples a run" in text
+    assert "no privacy guarantee" in text and "the training images have 1.4" in text
+    sweep_plot.plot_pareto(tmp_path / "pareto", summary)
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+    svg = (tmp_path / "pareto.svg").read_text()
+    first = svg
+    sweep_plot.plot_pareto(tmp_path / "pareto", summary)
+    assert (tmp_path / "pareto.svg").read_text() == first
+
+
+def test_the_cells():
+    found = cells(SweepRequest(sigma_tn=(0, 0.1, 0.2), seeds=(3, 4), baselines=sweeping.BASELINES))
+    names = [c.name for c in found]
+    assert names[:7] == ["edm-seed3", "ambient-0.1-seed3", "ambient-0.2-seed3", "fresh-noise-0.1-seed3",
+                         "fresh-noise-0.2-seed3", "weight-decay-seed3", "early-stop-seed3"]  # fmt: skip
+    assert len(names) == len(set(names)) == 14
+    options = {c.kind: c.options for c in found}
+    assert options["fresh-noise"] == {"noise": {"mode": "fresh"}} and options["edm"] == {} == options["ambient"]
+    assert options["weight-decay"]["training"] == {"optimizer": "adamw", "weight_decay": 0.05}
+    assert options["early-stop"]["training"] == {"stop_when_copying": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sigma_tn": ()}, "--sigma-tn names none"),
+        ({"sigma_tn": (0.1, 0.1)}, "--sigma-tn 0.1,0.1 names one twice"),
+        ({"sigma_tn": (-1.0,)}, "sigma_tn must lie between"),
+        ({"seeds": ()}, "--seeds names none"),
+        ({"baselines": ("early",)}, "unknown baseline 'early'"),
+        ({"assignments": ["noise.sigma_tn=1"]}, "--set noise.sigma_tn: the sweep sets it itself"),
+        ({"assignments": ["training.weight_decay=1"], "baselines": ("weight-decay",)}, "training.weight_decay"),
+        ({"num": 1}, "--num must be 2 or more"),
+        ({"parallel": 0}, "--parallel must be 1 or more"),
+        ({"target": 1.0}, "--target must be a rate"),
+    ],
+)
+def test_bad_requests_leave_nothing(tmp_path, changed, message):
+    with pytest.raises(InputError, match=message):
+        sweep(SweepRequest(**changed), tmp_path / "sweep")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "--sigma-tn", "0,much"], "--sigma-tn must be numbers such as 0,0.1,0.2, got '0,much'"),
+        (["sweep", "--baselines", "early"], "unknown baseline 'early'"),
+        (["sweep", "--data", "nowhere"], "nowhere"),
+        (["train", "--sigma-tn", "much"], "--sigma-tn must be a number or auto, got 'much'"),
+        (["train", "--stop-when-copying", "0.1", "--audit-every", "0"], "above 0 with --stop-when-copying"),
+        (["train", "--resume", "x", "--audit-every", "1"], "leave out --audit-every"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_help_of_what_is_new(capsys):
+    for command, words in (
+        ("sweep", ["--data", "--sigma-tn", "--seeds", "--baselines", "fresh-noise", "--parallel", "--kimg", "--stop-rate",
+                   "--target", "--weight-decay", "--features", "--set", "runs/sweep", "pixels in [-1, 1]"]),
+        ("train", ["--audit-every", "--stop-when-copying", "S|auto", "audits.jsonl", "a tenth of the run"]),
+    ):  # fmt: skip
+        code, out, _ = run(command, "--help", capsys=capsys)
+        assert code == 0 and not [w for w in words if w not in " ".join(out.split())]
+
+
+class Here:
+    """A cell in this process instead of one of its own."""
+
+    ran: list[str] = []
+
+    def __init__(self, request, path, log, place, threads):
+        self.path, self.place = path, place
+        run_cell(path, request.num, "cpu", request.features)
+        Here.ran.append(path.name)
+
+    def done(self):
+        return True
+
+    def end(self):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    Here.ran = []
+    monkeypatch.setattr(sweeping, "_Job", Here)
+    monkeypatch.setattr(sweeping, "_POLL_SECONDS", 0)
+    monkeypatch.setattr("fastambient.evaluation.run.write_report", lambda *a, **k: None)  # of each run
+    monkeypatch.setattr("fastambient.training.audits_plot.plot_audits", lambda *a, **k: None)
+    monkeypatch.setattr(sweep_plot, "plot_pareto", lambda path, summary: path.with_suffix(".svg").write_text("drawn"))
+
+
+def asked(**changed) -> SweepRequest:
+    usual = {"sigma_tn": (0, 0.2), "seeds": (0,), "kimg": 0.016, "num": 12, "assignments": SMALL, "noise_seed": 7}
+    return SweepRequest(**(usual | changed))
+
+
+@pytest.mark.slow
+def test_finished_cells_are_kept_and_others_are_refused(tmp_path, here, capsys):
+    out = tmp_path / "sweep"
+    first = sweep(asked(sigma_tn=(0,)), out)
+    assert Here.ran == ["edm-seed0"] and len(first["cells"]) == 1
+    stamps = {
+        p: p.stat().st_mtime_ns for p in (out / "edm-seed0").rglob("*") if p.name in ("state.json", "samples.npz")
+    }
+    # more cells: what is there stays as it is
+    summary = sweep(asked(baselines=("early-stop", "fresh-noise")), out)
+    assert Here.ran == ["edm-seed0", "ambient-0.2-seed0", "fresh-noise-0.2-seed0", "early-stop-seed0"]
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    told = json.loads((out / "sweep.json").read_text())
+    assert told == json.loads(json.dumps(summary)) and len(told["cells"]) == 4 and told["settings"]["train"] == 100
+    assert all(c["samples"] == 12 and c["kimg"] == 0.016 for c in told["cells"])
+    metrics = json.loads((out / "ambient-0.2-seed0" / "metrics.json").read_text())
+    cell = next(c for c in told["cells"] if c["kind"] == "ambient")
+    assert cell["fd"] == metrics["frechet"]["pixel"]["value"]
+    assert cell["rate"] == metrics["memorization"]["gap_ratio"]["rate"]
+    for name in ("table.md", "pareto.svg", "report.html"):
+        assert (out / name).is_file()
+    report = (out / "report.html").read_text()
+    assert "edm-seed0" in report and "early-stop-seed0" in report
+    settings = RunFolder(out / "fresh-noise-0.2-seed0").read_settings()
+    assert settings.noise.mode == "fresh" and settings.training.sample_kimg == 0
+    assert RunFolder(out / "early-stop-seed0").read_settings().training.audit_kimg == pytest.approx(0.0016)
+    seeds = {RunFolder(out / c["name"]).read_noise_seed() for c in told["cells"] if c["kind"] != "edm"}
+    assert len(seeds) == 3, "levels share no noise"
+    assert not any(str(seed) in (out / "sweep.json").read_text() for seed in seeds if seed > 1000)
+    # another number of samples: measured anew, not trained
+    Here.ran.clear()
+    checkpoint = checkpoints(out / "edm-seed0" / "checkpoints")[-1] / "state.json"
+    sweep(asked(sigma_tn=(0,), num=10), out)
+    assert Here.ran == ["edm-seed0"] and checkpoint.stat().st_mtime_ns == stamps[checkpoint]
+    # other settings are refused, with the cell's name and the setting
+    for changed, message in (
+        ({"kimg": 0.04}, r"edm-seed0 was trained with training\.\w+ \S+, asked for is"),
+        ({"assignments": [*SMALL, "training.lr=0.5"]}, r"edm-seed0 was trained with training\.lr 0\.001, asked for is 0\.5"),
+        ({"data": str(tmp_path)}, "was prepared with data.source digits"),
+        ({"assignments": [*SMALL, "data.train=50"]}, "was prepared with data.train None, asked for is 50"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            sweep(asked(**changed), out)
+    assert Here.ran == ["edm-seed0"]
+
+
+def test_a_store_is_swept_where_it_lies_and_needs_held_out_images(tmp_path, here):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (30, 8, 8), dtype=np.uint8))
+    source = open_source(str(tmp_path / "x.npy"))
+    store = prepare(source, tmp_path / "store", train=20, holdout=10, noise_seed=1)
+    sweep(asked(data=str(store.path), sigma_tn=(0.2,), kimg=0.016), tmp_path / "sweep")
+    assert not (tmp_path / "sweep" / "store").exists()
+    none = prepare(source, tmp_path / "none", holdout=0, noise_seed=1)
+    with pytest.raises(InputError, match="has no two clean held-out images"):
+        sweep(asked(data=str(none.path)), tmp_path / "other")
+
+
+def test_somebodys_folder_is_not_swept_in(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and is not empty"):
+        sweep(asked(), tmp_path / "mine")
+
+
+def test_a_cell_that_fails_ends_the_others_and_is_named(tmp_path, monkeypatch):
+    ended = []
+
+    class Job:
+        def __init__(self, request, path, log, place, threads):
+            self.path, self.place = path, place
+            self.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+        def done(self):
+            if "ambient" in self.path.name:
+                raise FastambientError(f"the cell {self.path} failed")
+            return False
+
+        def end(self):
+            ended.append((self.path.name, self.child.wait(10)))
+
+    monkeypatch.setattr(sweeping, "_Job", Job)
+    with pytest.raises(FastambientError, match=r"the cell .*ambient-0\.2-seed0 failed"):
+        sweep(asked(parallel=2), tmp_path / "sweep")
+    assert sorted(ended) == [("ambient-0.2-seed0", -signal.SIGTERM), ("edm-seed0", -signal.SIGTERM)]
+
+
+def test_an_error_of_a_cell_is_one_line(tmp_path, capsys):
+    assert cell_main([str(tmp_path / "none"), "8", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: there is no run folder") and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_and_one_that_is_killed_go_on(tmp_path):
+    """Ctrl-C in the second cell leaves a checkpoint; a kill takes the children along; the same command finishes."""
+    command = ["sweep", "--out", "sweep", "--sigma-tn", "0,0.2", "--seeds", "0", "--kimg", "1", "--num", "10",
+               "--parallel", "1", "--gpus", "0", *(x for a in SMALL for x in ("--set", a))]  # fmt: skip
+    out = tmp_path / "sweep"
+    child = spawn(*command, cwd=tmp_path)
+    wait_for_lines(out / "edm-seed0" / "stats.jsonl", 20, seconds=120)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 130 and "the same command goes on" in err and "Traceback" not in err, err
+    stopped = checkpoints(out / "edm-seed0" / "checkpoints")[-1]
+    lines = (out / "edm-seed0" / "stats.jsonl").read_text()
+    assert lines.count("\n") < 125 and not (out / "edm-seed0" / "metrics.json").exists()
+    child = spawn(*command, cwd=tmp_path)
+    wait_for_lines(out / "ambient-0.2-seed0" / "stats.jsonl", 5, seconds=240)
+    grand = [int(p) for p in re.findall(r"\d+", subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True, check=False).stdout)]  # fmt: skip
+    child.kill()
+    child.communicate()
+    end = time.monotonic() + 20
+    while grand and time.monotonic() < end:
+        grand = [p for p in grand if os.path.exists(f"/proc/{p}")]
+        time.sleep(0.1)
+    assert not grand, "a cell outlived its sweep"
+    assert (out / "edm-seed0" / "stats.jsonl").read_text().startswith(lines), "it went on from its checkpoint"
+    assert int(stopped.name.removeprefix("nimg-")) == json.loads(lines.splitlines()[-1])["nimg"]
+    weights = (out / "edm-seed0" / "model.safetensors").stat().st_mtime_ns
+    done = cli(*command, cwd=tmp_path)
+    assert "2 cells, 1 of them finished" in done.stderr and "Chosen sigma_tn" in done.stdout
+    assert (out / "edm-seed0" / "model.safetensors").stat().st_mtime_ns == weights
+    assert len(json.loads((out / "sweep.json").read_text())["cells"]) == 2
