@@ -159,8 +159,10 @@ def test_bounds_from_directions_lose_no_neighbour(directions, kind, flips):
         "textures": lambda: textures(300, 1, size=16),
         "noise": lambda: _random(300, (3, 16, 16), 1),
         "one grey level": lambda: 200 + g.integers(0, 2, (300, 3, 16, 16), np.uint8),
-        "two heaps": lambda: np.where(np.arange(300) % 2, 3, 250).astype(np.uint8)[:, None, None, None]
-        + g.integers(0, 4, (300, 3, 16, 16), np.uint8),
+        "two heaps": lambda: (
+            np.where(np.arange(300) % 2, 3, 250).astype(np.uint8)[:, None, None, None]
+            + g.integers(0, 4, (300, 3, 16, 16), np.uint8)
+        ),
         "black and white": lambda: 255 * g.integers(0, 2, (300, 3, 16, 16), np.uint8),
     }[kind]()
     images, samples = images[:240], images[240:].copy()

@@ -137,7 +137,9 @@ def test_flips_reach_both_searches():
     samples, train, holdout = _planted()
     mirrored = np.ascontiguousarray(samples[..., ::-1])
     assert evaluate(mirrored, train, holdout, settings={}).metrics["memorization"]["gap_ratio"]["rate"] == 0.0
-    assert evaluate(mirrored, train, holdout, flips=True, settings={}).metrics["memorization"]["gap_ratio"]["rate"] == 0.30
+    assert (
+        evaluate(mirrored, train, holdout, flips=True, settings={}).metrics["memorization"]["gap_ratio"]["rate"] == 0.30
+    )
     # the control searches mirror images just the same: all 50 of these are held out
     control = evaluate(mirrored, holdout, train, flips=True, settings={}).metrics["memorization"]["gap_ratio"]
     assert control["rate"] == 0.0 and control["holdout_rate"] == 0.30

@@ -152,7 +152,9 @@ def test_without_a_held_out_set_only_what_needs_none_is_given():
     *_, found = _measured(None)
     m = found.metrics
     assert m["similarity"]["above_0.95"] == 0.2 and m["memorization"]["gap_ratio"]["rate"] == 0.2
-    assert [m["similarity"][k] for k in ("holdout_mean", "holdout_above_0.9", "excess_0.9", "excess_0.95")] == [None] * 4
+    assert [m["similarity"][k] for k in ("holdout_mean", "holdout_above_0.9", "excess_0.9", "excess_0.95")] == [
+        None
+    ] * 4
     assert m["memorization"]["gap_ratio"]["holdout_rate"] is None and m["memorization"]["control"]["images"] == 0
     assert m["frechet"]["pixel"]["value"] is None and m["quality"] == [] and m["fld"] is None and m["mifid"] is None
     assert m["counts"]["holdout"] == 0 and len(m["notes"]) == 1 and "no held-out set" in m["notes"][0]
