@@ -81,6 +81,14 @@ def parse_batch(text: str) -> int:
         raise InputError(f"--batch must be a whole number or auto, got {text!r}") from None
 
 
+def parse_sigmas(text: str) -> list[float]:
+    """The numbers of ``--sigmas``."""
+    try:
+        return [float(item) for item in text.split(",")]
+    except ValueError:
+        raise InputError(f"--sigmas must be numbers such as 0.1,0.5,2, got {text!r}") from None
+
+
 def option(help: str, *names: str, metavar: str | None = None, default: str | None = None) -> Any:
     """An option whose help ends with its default, also where that is computed."""
     text = help if default is None else f"{help} [default: {default}]"
@@ -530,6 +538,58 @@ def audit(
     )  # fmt: skip
     print_table([found])
     print(sentence(found.metrics))
+
+
+figure = typer.Typer(help="Draw figures of runs.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(figure, name="figure")
+RUNS = typer.Argument(help="run folders", metavar="RUN...")
+GPUS = option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")
+
+
+@figure.command("denoised")
+def figure_denoised(
+    runs: Annotated[list[Path], RUNS],
+    images: Annotated[int, option("training images, and as many held-out ones", metavar="N")] = 1,
+    sigmas: Annotated[str | None, option("noise levels", metavar="S,S,...", default="1.5*R/64 times 1/4 to 32")] = None,
+    out: Annotated[Path | None, option("PNG to write", metavar="FILE", default="RUN/figure-denoised.png")] = None,
+    gpus: Annotated[int | None, GPUS] = None,
+) -> None:
+    """What each model makes of the same noised images: rows are models, columns noise levels."""
+    from fastambient.evaluation.figures import denoised
+    from fastambient.training.distributed import choose_ranks
+
+    levels = None if sigmas is None else parse_sigmas(sigmas)
+    print(denoised(runs, out, images=images, sigmas=levels, device=choose_ranks(gpus, None)[1]))
+
+
+@figure.command("samples")
+def figure_samples(
+    runs: Annotated[list[Path], RUNS],
+    seeds: Annotated[str, option("one picture a seed, the same for all runs", metavar="LIST")] = "0-63",
+    out: Annotated[Path | None, option("PNG to write", metavar="FILE", default="RUN/figure-samples.png")] = None,
+    gpus: Annotated[int | None, GPUS] = None,
+) -> None:
+    """Samples of each run at the same seeds."""
+    from fastambient.evaluation.figures import samples
+    from fastambient.sampling import parse_seeds
+    from fastambient.training.distributed import choose_ranks
+
+    print(samples(runs, parse_seeds(seeds), out, device=choose_ranks(gpus, None)[1]))
+
+
+@figure.command("neighbours")
+def figure_neighbours(
+    run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")],
+    samples: Annotated[Path | None, option("folder of PNGs or .npz to show instead of sampling", metavar="DIR")] = None,
+    num: Annotated[int, option("samples to show: seeds 0 to N-1, or the first N", metavar="N")] = 16,
+    out: Annotated[Path | None, option("PNG to write", metavar="FILE", default="RUN/figure-neighbours.png")] = None,
+    gpus: Annotated[int | None, GPUS] = None,
+) -> None:
+    """Samples beside their nearest training and held-out images, with the gap ratio."""
+    from fastambient.evaluation.figures import neighbours
+    from fastambient.training.distributed import choose_ranks
+
+    print(neighbours(run, out, samples=samples, num=num, device=choose_ranks(gpus, None)[1]))
 
 
 @app.command()
