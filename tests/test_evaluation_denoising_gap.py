@@ -127,9 +127,9 @@ def test_levels_classes_and_modes_of_a_real_denoiser():
 
 def test_chosen_images_keep_their_classes():
     """Pictures of one grey each, and a denoiser that paints the grey of the class it is told: no error on any."""
-    grey = lambda classes: np.broadcast_to(
-        (classes * 60).astype(np.uint8)[:, None, None, None], (len(classes), *_SHAPE)
-    )  # noqa: E731
+
+    def grey(classes: np.ndarray) -> np.ndarray:
+        return np.broadcast_to((classes * 60).astype(np.uint8)[:, None, None, None], (len(classes), *_SHAPE))
 
     class Painter:
         label_dim = 4
