@@ -34,7 +34,7 @@ def measure(run: Path, kimg: int) -> dict:
     if not out.is_file():
         samples = run / f"samples-{kimg}.npz"
         write_samples(run / "checkpoints" / f"nimg-{kimg * 1000:012d}", range(1000), samples, force=True)
-        evaluate_run(run, samples=samples, out=out)
+        evaluate_run(run, samples=samples, out=out, features="none")
     return json.loads(out.read_text())
 
 

@@ -69,6 +69,10 @@ class AugmentAmbient(str, Enum):
     none, reference = "none", "reference"
 
 
+class Preprocessing(str, Enum):
+    standard, paper = "standard", "paper"
+
+
 def parse_batch(text: str) -> int:
     """The number of ``--batch``."""
     try:
@@ -89,6 +93,18 @@ SOURCE_HELP = (
     " Hugging Face data set (.parquet files, a folder of them, or one by save_to_disk)"
 )
 Force = Annotated[bool, option("replace what is there", "--force")]
+FEATURES_HELP = (
+    "embedder of similarity and quality: pixel, efficientnet-lite0, inception, dinov2-vits14, dinov2-vitb14,"
+    " dinov2-vitl14, dinov2-vitg14, clip-vit-l-14, a TorchScript module PATH.pt, or none"
+)
+Features = Annotated[str | None, option(FEATURES_HELP, metavar="NAME", default="efficientnet-lite0")]
+Weights = Annotated[
+    Path | None, option("its weights, safetensors or TorchScript", metavar="PATH", default="looked for in caches")
+]
+Preprocess = Annotated[
+    Preprocessing | None,
+    option("standard: the network's usual one; paper: DINOv2 at native size, in [0, 1]", default="standard"),
+]
 
 
 @app.command()
@@ -440,6 +456,9 @@ def evaluate(
             default="RUN/metrics.json",
         ),
     ] = None,
+    features: Features = None,
+    weights: Weights = None,
+    preprocess: Preprocess = None,
     gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
 ) -> None:
     """Measure quality and copying, each against held-out images; writes metrics, pictures and report.html."""
@@ -447,7 +466,70 @@ def evaluate(
     from fastambient.training.distributed import choose_ranks
 
     _, device = choose_ranks(gpus, None)
-    print_table([evaluate_run(run, samples=samples, num=num, out=out, device=device)])
+    found = evaluate_run(
+        run, samples=samples, num=num, out=out, device=device, features=features, weights=weights,
+        preprocess=preprocess and preprocess.value,
+    )  # fmt: skip
+    print_table([found])
+
+
+@app.command()
+def audit(
+    samples: Annotated[
+        str, option("pictures of any generator: a folder (PNG, JPEG, WebP, BMP), .npz, .npy, zip, ...", metavar="DIR")
+    ],
+    train: Annotated[
+        str,
+        option(
+            "images that the generator was trained on: a SOURCE as prepare takes it, or a STORE, whose held-out images"
+            " then are the control",
+            metavar="SOURCE|STORE",
+        ),
+    ],
+    holdout: Annotated[
+        str | None,
+        option(
+            "images that never trained, from where the training images come; without them there is no control",
+            metavar="SOURCE|STORE",
+            default="a --train STORE's",
+        ),
+    ] = None,
+    features: Features = None,
+    weights: Weights = None,
+    preprocess: Preprocess = None,
+    flips: Annotated[bool, option("mirrored training images count as well", "--flips")] = False,
+    num: Annotated[int | None, option("pictures to take, chosen by chance", metavar="N", default="all")] = None,
+    resolution: Annotated[
+        int | None, option("centre-crop and resize all pictures to RxR pixels", metavar="R", default="as they are")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        option("folder for features, which are made once, or none", metavar="DIR|none", default="the user's cache"),
+    ] = None,
+    on_bad_image: Annotated[
+        OnBadImage, option("what to do with pictures that cannot be read", "--on-bad-image")
+    ] = OnBadImage.error,
+    out: Annotated[
+        Path, option("where the metrics go; the report beside it as <name>-report.html", metavar="FILE")
+    ] = Path("audit.json"),
+    gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
+) -> None:
+    """Are pictures of any generator copies of its training images? Against held-out images, with a report."""
+    from fastambient.evaluation.audit import audit as audit_pictures
+    from fastambient.evaluation.audit import sentence
+    from fastambient.evaluation.features import default_cache
+    from fastambient.evaluation.table import print_table
+    from fastambient.training.distributed import choose_ranks
+
+    _, device = choose_ranks(gpus, None)
+    found = audit_pictures(
+        samples, train, holdout=holdout, out=out, weights=weights, flips=flips, num=num, resolution=resolution,
+        features=features or "efficientnet-lite0", preprocess=preprocess.value if preprocess else "standard",
+        cache=None if cache == "none" else Path(cache) if cache else default_cache(),
+        on_bad_image=on_bad_image.value, device=device,
+    )  # fmt: skip
+    print_table([found])
+    print(sentence(found.metrics))
 
 
 @app.command()

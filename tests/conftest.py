@@ -30,6 +30,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Features that tests make go to no user's cache; all tests share one, as runs do."""
+    monkeypatch.setenv("FASTAMBIENT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def nan_filled(monkeypatch):
     """Memory that nobody has written holds NaN: an element that a kernel forgets is seen."""
@@ -62,6 +68,7 @@ def make_run(path: Path, *assignments: str, **options: Any) -> Path:
     from fastambient.training.start import TrainRequest, create_run, plan
 
     defaults = ["training.batch=8", "training.kimg=0.16", "training.sample_kimg=0", "training.checkpoint_kimg=0.08"]
+    defaults.append("evaluation.features=none")  # a network that looks at pictures takes 30 ms each
     request = TrainRequest(
         data=options.pop("data", None),
         noise_seed=options.pop("noise_seed", 12345),

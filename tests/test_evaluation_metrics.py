@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from fastambient.errors import InputError
 from fastambient.evaluation import evaluate, frechet_distance
-from fastambient.evaluation.memorization import bootstrap_interval, copies_per_image
+from fastambient.evaluation.memorization import bootstrap_interval, copies_per_image, nearest_two
 from fastambient.evaluation.run import evaluate_run
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
@@ -37,8 +37,14 @@ def _planted() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_keys_are_those_of_the_contract():
-    metrics, *_ = evaluate(*_planted(), settings={"steps": 18})
-    assert {"counts", "frechet", "memorization", "settings"} == set(metrics)
+    metrics = evaluate(*_planted(), settings={"steps": 18}).metrics
+    assert set(metrics) == {
+        "counts", "frechet", "memorization", "copies_per_train_image", "similarity", "quality", "mifid", "fld",
+        "denoising_gap", "notes", "settings",
+    }  # fmt: skip
+    assert [metrics[key] for key in ("similarity", "quality", "mifid", "fld", "denoising_gap", "notes")] == [
+        None, [], None, None, None, [],
+    ]  # fmt: skip
     assert {"train", "holdout", "samples"} <= set(metrics["counts"])
     assert {"value", "reference", "train_vs_reference", "dimensions"} == set(metrics["frechet"]["pixel"])
     assert {"gap_ratio", "nearest_distance"} <= set(metrics["memorization"])
@@ -52,7 +58,9 @@ def test_keys_are_those_of_the_contract():
 
 def test_planted_copies_give_exactly_thirty_percent_and_the_control_none():
     samples, train, holdout = _planted()
-    metrics, neighbours, control = evaluate(samples, torch.from_numpy(train), holdout, settings={})
+    found = evaluate(samples, torch.from_numpy(train), holdout, settings={})
+    metrics, (score,) = found.metrics, found.scores
+    neighbours = nearest_two(samples, train)
     gap = metrics["memorization"]["gap_ratio"]
     assert gap["rate"] == 0.30 and gap["copies"] == 30 and gap["holdout_rate"] == 0.0
     assert gap["ci95"][0] < 0.30 < gap["ci95"][1] and gap["ci95"][1] - gap["ci95"][0] < 0.25
@@ -62,17 +70,21 @@ def test_planted_copies_give_exactly_thirty_percent_and_the_control_none():
     copied = metrics["memorization"]["copies_per_train_image"]
     assert copied["images_copied"] == 30 and copied["histogram"] == {"1": 30}
     assert copied["top"][0] == {"train_index": 0, "copies": 1} and len(copied["top"]) == 10
-    assert neighbours.index[:30, 0].tolist() == list(range(30))
+    assert metrics["copies_per_train_image"] == copied
+    assert score.index[:30].tolist() == list(range(30)) and (score.values < score.threshold).sum() == 30
+    assert np.array_equal(score.values, neighbours.ratio) and (score.key, score.closer) == ("gap_ratio", "low")
+    control = nearest_two(samples, holdout[np.unique(score.control_index)])
     nearest = metrics["memorization"]["nearest_distance"]
     assert nearest["median"] == np.median(neighbours.distance[:, 0]) and nearest["holdout_median"] > nearest["median"]
-    assert nearest["holdout_median"] == np.median(control.distance[:, 0])
-    found = (samples.astype(float) - holdout[control.index[:, 0]]).reshape(100, -1)
-    assert np.allclose(np.linalg.norm(found, axis=1) / 127.5, control.distance[:, 0]), "places in all held-out images"
+    away = (samples.astype(float) - holdout[score.control_index]).reshape(100, -1)
+    away = np.linalg.norm(away, axis=1) / 127.5
+    assert np.allclose(away, control.distance[:, 0]), "places in all held-out images"
+    assert nearest["holdout_median"] == pytest.approx(np.median(away))
 
 
 def test_frechet_is_in_pixels_against_all_held_out_images():
     samples, train, holdout = _planted()
-    pixel = evaluate(samples, train, holdout, settings={})[0]["frechet"]["pixel"]
+    pixel = evaluate(samples, train, holdout, settings={}).metrics["frechet"]["pixel"]
     flat = [images.reshape(len(images), -1) / 127.5 for images in (samples, train, holdout)]
     assert pixel["value"] == pytest.approx(frechet_distance(flat[0], flat[2]))
     assert pixel["train_vs_reference"] == pytest.approx(frechet_distance(flat[1], flat[2]))
@@ -82,11 +94,11 @@ def test_frechet_is_in_pixels_against_all_held_out_images():
 def test_control_searches_as_many_images_as_the_training_side(digits):
     """Held-out digits sampled against a control of 1,600 images would look nearer than against 100."""
     train, holdout, samples = digits[:100], digits[100:1700], digits[1700:]
-    metrics, *_ = evaluate(samples, train, holdout, settings={})
+    metrics = evaluate(samples, train, holdout, settings={}).metrics
     nearest, control = metrics["memorization"]["nearest_distance"], metrics["memorization"]["control"]
     assert control["images"] == 100 and control["train_rate"] == metrics["memorization"]["gap_ratio"]["rate"]
     assert nearest["holdout_median"] == pytest.approx(nearest["median"], rel=0.1)
-    everything, *_ = evaluate(samples, holdout, train, settings={})
+    everything = evaluate(samples, holdout, train, settings={}).metrics
     assert everything["memorization"]["nearest_distance"]["median"] < 0.9 * nearest["holdout_median"]
     # Now fewer are held out than trained: the control has the smaller count on both sides.
     control = everything["memorization"]["control"]
@@ -96,7 +108,7 @@ def test_control_searches_as_many_images_as_the_training_side(digits):
 
 def test_duplicates_count_once_on_both_sides():
     samples, train, holdout = _planted()
-    metrics, *_ = evaluate(samples, np.concatenate([train, train[:20]]), holdout.repeat(2, axis=0), settings={})
+    metrics = evaluate(samples, np.concatenate([train, train[:20]]), holdout.repeat(2, axis=0), settings={}).metrics
     assert metrics["counts"] == {
         "train": 70, "holdout": 160, "samples": 100, "train_distinct": 50, "holdout_distinct": 80,
     }  # fmt: skip
@@ -111,12 +123,12 @@ def test_is_deterministic_and_json(digits):
     settings = {
         "sigma_tn": float("inf"), "path": Path("a/b"), "seeds": np.arange(3), "lr": np.float32(0.5), "tuple": (1, 2),
     }  # fmt: skip
-    one, two = (evaluate(samples, train, holdout, settings=settings)[0] for _ in range(2))
+    one, two = (evaluate(samples, train, holdout, settings=settings).metrics for _ in range(2))
     assert json.dumps(one, allow_nan=False) == json.dumps(two, allow_nan=False)
     assert json.loads(json.dumps(one)) == one
     assert one["settings"]["sigma_tn"] == "inf" and one["settings"]["path"] == "a/b"
     assert one["settings"]["seeds"] == [0, 1, 2] and one["settings"]["lr"] == 0.5
-    other = evaluate(samples, train, holdout, seed=5, settings=settings)[0]
+    other = evaluate(samples, train, holdout, seed=5, settings=settings).metrics
     assert one["memorization"]["gap_ratio"]["rate"] == other["memorization"]["gap_ratio"]["rate"]
     assert one["memorization"]["nearest_distance"] != other["memorization"]["nearest_distance"]
 
@@ -124,19 +136,19 @@ def test_is_deterministic_and_json(digits):
 def test_flips_reach_both_searches():
     samples, train, holdout = _planted()
     mirrored = np.ascontiguousarray(samples[..., ::-1])
-    assert evaluate(mirrored, train, holdout, settings={})[0]["memorization"]["gap_ratio"]["rate"] == 0.0
-    assert evaluate(mirrored, train, holdout, flips=True, settings={})[0]["memorization"]["gap_ratio"]["rate"] == 0.30
+    assert evaluate(mirrored, train, holdout, settings={}).metrics["memorization"]["gap_ratio"]["rate"] == 0.0
+    assert evaluate(mirrored, train, holdout, flips=True, settings={}).metrics["memorization"]["gap_ratio"]["rate"] == 0.30
     # the control searches mirror images just the same: all 50 of these are held out
-    control = evaluate(mirrored, holdout, train, flips=True, settings={})[0]["memorization"]["gap_ratio"]
+    control = evaluate(mirrored, holdout, train, flips=True, settings={}).metrics["memorization"]["gap_ratio"]
     assert control["rate"] == 0.0 and control["holdout_rate"] == 0.30
-    fewer = evaluate(mirrored, train, holdout[:40], flips=True, settings={})[0]["memorization"]["control"]
+    fewer = evaluate(mirrored, train, holdout[:40], flips=True, settings={}).metrics["memorization"]["control"]
     assert fewer["train_rate"] > 0.10, "and so does the training side at the control's count"
 
 
 def test_the_training_side_is_also_searched_at_the_controls_count():
     """20 of 50 training images: copies of the other 30 are not found there."""
     samples, train, holdout = _planted()
-    memorization = evaluate(samples, train, holdout[:20], settings={})[0]["memorization"]
+    memorization = evaluate(samples, train, holdout[:20], settings={}).metrics["memorization"]
     assert memorization["control"]["images"] == 20 and memorization["gap_ratio"]["rate"] == 0.30
     assert 0.03 <= memorization["control"]["train_rate"] <= 0.20
 
@@ -144,21 +156,20 @@ def test_the_training_side_is_also_searched_at_the_controls_count():
 def test_the_smaller_side_is_drawn_from_all_images():
     """Sets may be sorted by class: the first 20 of 50 training images are not copied here, the others are."""
     samples, train, holdout = _planted()
-    memorization = evaluate(samples, train[::-1], holdout[:20], settings={})[0]["memorization"]
+    memorization = evaluate(samples, train[::-1], holdout[:20], settings={}).metrics["memorization"]
     assert memorization["control"]["train_rate"] > 0.05
-    control = evaluate(samples, holdout[:20], train[::-1], settings={})[0]["memorization"]["gap_ratio"]
+    control = evaluate(samples, holdout[:20], train[::-1], settings={}).metrics["memorization"]["gap_ratio"]
     assert control["holdout_rate"] > 0.05
 
 
 def test_a_threshold_of_one_is_allowed():
-    assert evaluate(*_planted(), threshold=1.0, settings={})[0]["memorization"]["gap_ratio"]["rate"] == 1.0
+    assert evaluate(*_planted(), threshold=1.0, settings={}).metrics["memorization"]["gap_ratio"]["rate"] == 1.0
 
 
 def test_every_parameter_reaches_every_figure():
     samples, train, holdout = _planted()
-    metrics, neighbours, control = evaluate(
-        samples, train, holdout[:20], threshold=0.97, bootstrap=50, seed=7, settings={}
-    )
+    metrics = evaluate(samples, train, holdout[:20], threshold=0.97, bootstrap=50, seed=7, settings={}).metrics
+    neighbours, control = nearest_two(samples, train), nearest_two(samples, holdout[:20])
     m, copies = metrics["memorization"], neighbours.copies(0.97)
     assert 30 < copies.sum() < 100
     assert m["gap_ratio"] == {

@@ -13,9 +13,8 @@ from fastambient.data.sources import open_source
 from fastambient.errors import InputError
 from fastambient.evaluation import evaluate, metrics
 from fastambient.evaluation import run as evaluation_run
-from fastambient.evaluation.report import RunReport, nearest_pairs
+from fastambient.evaluation.report import RunReport
 from fastambient.evaluation.run import Evaluated, evaluate_run, print_table
-from fastambient.pictures import grid
 from fastambient.training.run import RunFolder
 
 
@@ -26,9 +25,8 @@ def _noise_set(n: int, seed: int) -> np.ndarray:
 def _evaluated(name: str, copies: int, *, train: int = 50, holdout: int = 80, samples: int = 100) -> Evaluated:
     images, held_out, drawn = _noise_set(train, 1), _noise_set(holdout, 2), _noise_set(samples, 3)
     drawn[:copies] = images[np.arange(copies) % train] + 1
-    told, neighbours, control = evaluate(drawn, images, held_out, settings={})
-    pairs = nearest_pairs(drawn, neighbours, images, 2), nearest_pairs(drawn, control, held_out, 2)
-    return Evaluated(told, RunReport(name, 0.2, told, [], grid(drawn[:4]), *pairs, neighbours.ratio, control.ratio))
+    found = evaluate(drawn, images, held_out, settings={})
+    return Evaluated(found.metrics, RunReport(name, 0.2, found))
 
 
 def test_the_table_fits_80_columns_and_keeps_every_figure_whole(monkeypatch, capsys):
@@ -155,15 +153,14 @@ def test_a_runs_settings_reach_its_figures_and_its_report(tmp_path, flips):
     np.savez(tmp_path / "samples.npz", images=samples)
     found = evaluate_run(run, samples=tmp_path / "samples.npz", num=30)
     store = RunFolder(run).open_store()
-    expected, neighbours, control = evaluate(
+    expected = evaluate(
         samples[:30], store.train.images[:], store.holdout.images[:],
         threshold=0.97, bootstrap=50, seed=7, flips=flips.endswith("true"), settings={},
     )  # fmt: skip
     for part in ("counts", "frechet", "memorization"):
-        assert found.metrics[part] == expected[part]
+        assert found.metrics[part] == expected.metrics[part]
     protocol = {"space": "pixels in [-1, 1]", "flips": flips.endswith("true"), "bootstrap": 50, "seed": 7}
     assert found.metrics["settings"]["protocol"] == protocol
-    assert np.array_equal(found.report.ratios, neighbours.ratio)
-    assert np.array_equal(found.report.control_ratios, control.ratio)
-    assert np.array_equal(found.report.control_pairs.index, control.index[np.argsort(control.ratio)[:6], 0])
-    assert len(found.report.pairs.ratio) == 24
+    (score,), (reported,) = expected.scores, found.report.evaluation.scores
+    assert np.array_equal(reported.values, score.values) and np.array_equal(reported.control, score.control)
+    assert np.array_equal(reported.control_index, score.control_index) and reported.threshold == 0.97

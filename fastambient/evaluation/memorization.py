@@ -4,12 +4,7 @@ A sample counts as a copy when it lies much nearer to one training image than to
 d1/d2 < 1/3, with d1, d2 its distances to the nearest and second nearest training image (Yoon et al., 2023; used by
 Shah et al., 2025, arXiv 2502.21278).
 
-Exactness
----------
-|s - t|^2 = |s|^2 + |t|^2 - 2 s.t cancels badly in float32 just where it matters, at near-copies. But pictures are
-integers: shifted to [-128, 127], a product of two pixels is at most 2^14, and every partial sum of 1,024 of them is an
-integer of at most 2^24, which float32 holds exactly in any order of summation. So s.t is formed by float32 matrix
-products over 1,024 columns at a time, added in float64: all squared distances are exact integers.
+The search is exact: distances are square roots of integers (see nearest.py for how it is fast).
 """
 
 from __future__ import annotations
@@ -22,9 +17,9 @@ import numpy as np
 from scipy.stats import binomtest
 
 from fastambient.errors import InputError
+from fastambient.evaluation.nearest import Search, squared_distances
 from fastambient.pictures import as_pictures
 
-_EXACT_COLUMNS = 1024  # see Exactness above
 _SAMPLE_BLOCK, _IMAGE_BLOCK = 1024, 2048  # rows a matrix product: at most 200 MiB at 64x64 in colour
 
 
@@ -103,66 +98,23 @@ def nearest_two(
             f"nearest neighbours of {len(samples)} samples among {len(positions)} distinct images,"
             " expected at least 1 sample and 2 images"
         )
+    search = Search(images if len(positions) == len(images) else images[positions], len(samples), flips=flips)
     squared = np.empty((len(samples), 2))
     index = np.empty((len(samples), 2), np.int64)
     flipped = np.zeros(len(samples), bool)
     for start in range(0, len(samples), _SAMPLE_BLOCK):
         rows = slice(start, start + _SAMPLE_BLOCK)
-        block = samples[rows]
-        squared[rows], nearest = _search(block, images, positions, flips, on_block)
+        squared[rows], nearest = search.nearest_two(samples[rows], _IMAGE_BLOCK, on_block)
         index[rows] = positions[nearest]
         if flips:
-            found = images[index[rows, 0]]
-            flipped[rows] = _paired(block, found[..., ::-1]) < _paired(block, found)
+            a, b = _flat(samples[rows]), _flat(images[index[rows, 0]])
+            mirrored = _flat(samples[rows][..., ::-1])
+            flipped[rows] = squared_distances(mirrored, b) < squared_distances(a, b)
     return Neighbours(index, np.sqrt(squared) / 127.5, flipped)
 
 
-def _search(
-    samples: np.ndarray,
-    images: np.ndarray,
-    positions: np.ndarray,
-    flips: bool,
-    on_block: Callable[[int], None] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances float64 [n, 2] in grey levels and the neighbours' places in `positions` [n, 2]."""
-    a = _integers(samples)
-    best = np.full((len(a), 2), np.inf)
-    place = np.full((len(a), 2), -1, np.int64)
-    row = np.arange(len(a))
-    for start in range(0, len(positions), _IMAGE_BLOCK):
-        block = images[positions[start : start + _IMAGE_BLOCK]]
-        d = _squared_distances(a, _integers(block))
-        if flips:
-            np.minimum(d, _squared_distances(a, _integers(block[..., ::-1])), out=d)
-        # The best so far stand first: argmin takes the first of equals, so ties go to the earlier image.
-        d = np.concatenate([best, d], axis=1)
-        places = np.concatenate(
-            [place, np.broadcast_to(np.arange(start, start + len(block)), (len(a), len(block)))], axis=1
-        )
-        for k in range(2):
-            i = d.argmin(1)
-            best[:, k], place[:, k] = d[row, i], places[row, i]
-            d[row, i] = np.inf
-        if on_block is not None:
-            on_block(len(a) * len(block))
-    return best, place
-
-
-def _integers(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1).astype(np.float32) - np.float32(128)
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Exact for integers in [-128, 127] held in float32: [n, D], [m, D] -> float64 [n, m]."""
-    d = np.square(a, dtype=np.float64).sum(1)[:, None] + np.square(b, dtype=np.float64).sum(1)
-    for c in range(0, a.shape[1], _EXACT_COLUMNS):
-        columns = slice(c, c + _EXACT_COLUMNS)
-        d -= 2 * (a[:, columns] @ b[:, columns].T)
-    return d
-
-
-def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.square(a.astype(np.int32) - b).reshape(len(a), -1).sum(1, dtype=np.int64)
+def _flat(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1)
 
 
 def bootstrap_interval(hits: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:

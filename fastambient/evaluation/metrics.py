@@ -6,13 +6,14 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastambient.console import progress
 from fastambient.errors import InputError
-from fastambient.evaluation.frechet import frechet_distance
+from fastambient.evaluation.embedded import embedded_metrics
 from fastambient.evaluation.memorization import (
     Neighbours,
     bootstrap_interval,
@@ -21,9 +22,18 @@ from fastambient.evaluation.memorization import (
     fingerprints,
     nearest_two,
 )
+from fastambient.evaluation.similarity import LEVELS, Similar
 from fastambient.pictures import as_pictures
 
+if TYPE_CHECKING:
+    from fastambient.evaluation.embedders import Embedder
+
 _TOP = 10  # the most copied training images that are named
+_HELD = 2**26  # numbers of a set, above which they stay float32: those of small sets keep every digit
+_NO_HOLDOUT = (
+    "There is no held-out set: Frechet distances, KID, precision, recall, density, coverage, MiFID, FLD and all"
+    " controls need images that never trained. How much of the copying is chance cannot be told."
+)
 
 
 @dataclass(frozen=True)
@@ -69,33 +79,40 @@ class Evaluation:
 def evaluate(
     samples: Any,
     train: Any,
-    holdout: Any,
+    holdout: Any = None,
     *,
+    embedder: Embedder | None = None,
+    cache: Path | None = None,
     threshold: float = 1 / 3,
     bootstrap: int = 1000,
     seed: int = 0,
     flips: bool = False,
+    denoising_gap: list[dict[str, Any]] | None = None,
     settings: dict[str, Any],
-) -> tuple[dict[str, Any], Neighbours, Neighbours]:
+) -> Evaluation:
     """Measure samples against the training images and against held-out images that never trained.
 
     The copy rate searches all training images. A nearest neighbour lies the nearer, the more images are searched, so
     the held-out control searches as many distinct images as there are on the training side; where fewer are held out,
-    ``memorization.control`` holds the training side at that smaller count, too.
+    ``memorization.control`` (and ``similarity.control``) hold the training side at that smaller count, too.
 
     Parameters
     ----------
-    samples, train, holdout: uint8 [N, C, H, W], arrays or tensors, of one picture size; at least two of each.
+    samples, train, holdout: uint8 [N, C, H, W], arrays or tensors, of one picture size; at least two of each. Without
+        `holdout` what needs it is None, and ``notes`` says so.
+    embedder: of the similarity and of the figures of quality; None leaves them out.
+    cache: folder of features that were made before; None for none.
     threshold: gap ratio d1/d2 below which a sample is a copy, in (0, 1].
     bootstrap: resamples of the 95 % interval.
-    seed: of the interval and of the choice of the control's images.
+    seed: of the intervals and of the choice of the control's images.
     flips: also search mirrored training and held-out images.
+    denoising_gap: rows of `denoising_gap`, where the network was at hand: they go on record with the rest.
     settings: what else belongs on record (resolution, sigma_tn, sampler steps, ...).
 
     Returns
     -------
-    The content of metrics.json (JSON types only; distances are L2 over pixels in [-1, 1]), the neighbours of the
-    samples among all training images, and those among the control's held-out images, for galleries.
+    metrics.json (JSON types only; distances are L2 over pixels in [-1, 1]), the pictures, and the scores of each
+    sample: the gap ratio and, with an embedder, the similarity.
 
     Raises
     ------
@@ -103,11 +120,8 @@ def evaluate(
         Too few pictures, different sizes, a bad threshold or count, or a held-out image that is a training image
         (with `flips`: or the mirror image of one, which trained, too).
     """
-    samples, train, holdout = (
-        as_pictures(samples, "samples"),
-        as_pictures(train, "train"),
-        as_pictures(holdout, "holdout"),
-    )
+    samples, train = as_pictures(samples, "samples"), as_pictures(train, "train")
+    holdout = None if holdout is None else as_pictures(holdout, "holdout")
     if not 0 < threshold <= 1:
         raise InputError(f"threshold is {threshold}, expected a gap ratio in (0, 1]; the usual one is 1/3")
     if bootstrap < 1:
@@ -122,94 +136,157 @@ def evaluate(
     train_distinct, holdout_distinct = check_sets(train, holdout, flips=flips)
 
     count = min(len(train_distinct), len(holdout_distinct))
-    matched = count == len(train_distinct)
     generator = np.random.default_rng(seed)
-    pairs = len(samples) * (len(train_distinct) + count * (1 if matched else 2))
-    with progress("nearest neighbours", pairs, "pairs") as advance:
-        neighbours = nearest_two(samples, train, flips=flips, on_block=advance)
-        chosen = _choose(holdout_distinct, count, generator)
-        control = nearest_two(samples, holdout[chosen], flips=flips, on_block=advance)
-        control = dataclasses.replace(control, index=chosen[control.index])
-        same_count = neighbours
-        if not matched:
-            some = _choose(train_distinct, count, generator)
-            same_count = nearest_two(samples, train[some], flips=flips, on_block=advance)
-
-    copies = neighbours.copies(threshold)
-    per_image = copies_per_image(neighbours, threshold)
-    times, images_with = np.unique(list(per_image.values()), return_counts=True)
-    reference = _pixels(holdout)
-    distances = []
-    with progress("Frechet distance", 2, "sets") as advance:
-        for images in (samples, train):
-            distances.append(frechet_distance(_pixels(images), reference))
-            advance(1)
-    metrics = {
+    chosen = None if holdout is None else _choose(holdout_distinct, count, generator)
+    some = None if holdout is None or count == len(train_distinct) else _choose(train_distinct, count, generator)
+    near = _nearest(samples, train, holdout, chosen, some, len(train_distinct), flips)
+    scores = [_gap_ratio(*near[:2], threshold)]
+    reference = f"holdout ({len(holdout)} images)" if holdout is not None else None
+    metrics: dict[str, Any] = {
         "counts": {
             "train": len(train),
-            "holdout": len(holdout),
+            "holdout": 0 if holdout is None else len(holdout),
             "samples": len(samples),
             "train_distinct": len(train_distinct),
             "holdout_distinct": len(holdout_distinct),
         },
-        "frechet": {
-            "pixel": {
-                "value": distances[0],
-                "reference": f"holdout ({len(holdout)} images)",
-                "train_vs_reference": distances[1],
-                "dimensions": reference.shape[1],
-            }
-        },
-        "memorization": {
-            "gap_ratio": {
-                "threshold": threshold,
-                "copies": int(copies.sum()),
-                "rate": float(copies.mean()),
-                "ci95": list(bootstrap_interval(copies, resamples=bootstrap, seed=seed)),
-                "holdout_rate": float(control.copies(threshold).mean()),
-            },
-            "nearest_distance": {
-                "median": float(np.median(neighbours.distance[:, 0])),
-                "holdout_median": float(np.median(control.distance[:, 0])),
-            },
-            "control": {
-                "images": count,
-                "train_rate": float(same_count.copies(threshold).mean()),
-                "train_median": float(np.median(same_count.distance[:, 0])),
-            },
-            "copies_per_train_image": {
-                "images_copied": len(per_image),
-                "histogram": {str(t): int(n) for t, n in zip(times, images_with, strict=True)},
-                "top": [{"train_index": i, "copies": n} for i, n in list(per_image.items())[:_TOP]],
-            },
-        },
+        "frechet": {"pixel": {"reference": reference} | _pixel_distances(samples, train, holdout)},
+        "memorization": (copying := _copying(*near, count, threshold, bootstrap=bootstrap, seed=seed)),
+        "copies_per_train_image": copying["copies_per_train_image"],
+        "similarity": None, "quality": [], "mifid": None, "fld": None,
+        "denoising_gap": denoising_gap,
+        "notes": [_NO_HOLDOUT] if holdout is None else [],
         "settings": {
             **settings,
             "protocol": {"space": "pixels in [-1, 1]", "flips": flips, "bootstrap": bootstrap, "seed": seed},
         },
+    }  # fmt: skip
+    if embedder is not None:
+        told, found, control = embedded_metrics(
+            samples, train, holdout, embedder=embedder, cache=cache, chosen=chosen, some=some, flips=flips,
+            bootstrap=bootstrap, seed=seed,
+        )  # fmt: skip
+        metrics |= told | {"frechet": told["frechet"] | metrics["frechet"]}
+        scores.append(_similarity(found, control, embedder.label))
+    return Evaluation(to_json(metrics), samples, train, holdout, tuple(scores))
+
+
+def _nearest(
+    samples: np.ndarray,
+    train: np.ndarray,
+    holdout: np.ndarray | None,
+    chosen: np.ndarray | None,
+    some: np.ndarray | None,
+    distinct_images: int,
+    flips: bool,
+) -> tuple[Neighbours, Neighbours | None, Neighbours]:
+    """Neighbours of the samples among all training images, among the held-out images `chosen` (with their positions in
+    all), and among the training images `some` (by default all)."""
+    searched = distinct_images + sum(len(x) for x in (chosen, some) if x is not None)
+    with progress("nearest neighbours", len(samples) * searched, "pairs") as advance:
+        neighbours = nearest_two(samples, train, flips=flips, on_block=advance)
+        control, equal = None, neighbours
+        if holdout is not None and chosen is not None:
+            control = nearest_two(samples, holdout[chosen], flips=flips, on_block=advance)
+            control = dataclasses.replace(control, index=chosen[control.index])
+            if some is not None:
+                equal = nearest_two(samples, train[some], flips=flips, on_block=advance)
+    return neighbours, control, equal
+
+
+def _copying(
+    neighbours: Neighbours,
+    control: Neighbours | None,
+    equal: Neighbours,
+    count: int,
+    threshold: float,
+    *,
+    bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The section memorization. `equal`: among as many training images as the control searches, `count`."""
+    copies = neighbours.copies(threshold)
+    per_image = copies_per_image(neighbours, threshold)
+    times, images_with = np.unique(list(per_image.values()), return_counts=True)
+    return {
+        "gap_ratio": {
+            "threshold": threshold,
+            "copies": int(copies.sum()),
+            "rate": float(copies.mean()),
+            "ci95": list(bootstrap_interval(copies, resamples=bootstrap, seed=seed)),
+            "holdout_rate": None if control is None else float(control.copies(threshold).mean()),
+        },
+        "nearest_distance": {
+            "median": float(np.median(neighbours.distance[:, 0])),
+            "holdout_median": None if control is None else float(np.median(control.distance[:, 0])),
+        },
+        "control": {
+            "images": count,
+            "train_rate": None if control is None else float(equal.copies(threshold).mean()),
+            "train_median": None if control is None else float(np.median(equal.distance[:, 0])),
+        },
+        "copies_per_train_image": {
+            "images_copied": len(per_image),
+            "histogram": {str(t): int(n) for t, n in zip(times, images_with, strict=True)},
+            "top": [{"train_index": i, "copies": n} for i, n in list(per_image.items())[:_TOP]],
+        },
     }
-    return to_json(metrics), neighbours, control
 
 
-def check_sets(train: np.ndarray, holdout: np.ndarray, *, flips: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """`distinct` positions of the training and of the held-out images, which must be able to serve as each other's
-    control.
+def _pixel_distances(samples: np.ndarray, train: np.ndarray, holdout: np.ndarray | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"value": None, "train_vs_reference": None, "dimensions": math.prod(samples.shape[1:])}
+    if holdout is None:
+        return told
+    from fastambient.evaluation.quality import distance_of_features
+
+    reference = _pixels(holdout)
+    with progress("Frechet distance", 2, "sets") as advance:
+        for name, images in (("value", samples), ("train_vs_reference", train)):
+            told[name] = distance_of_features(_pixels(images), reference)
+            advance(1)
+    return told
+
+
+def _gap_ratio(neighbours: Neighbours, control: Neighbours | None, threshold: float) -> Score:
+    return Score(
+        "gap_ratio", "gap ratio d1/d2 (pixels)", "low", threshold,
+        neighbours.ratio, neighbours.index[:, 0], neighbours.flipped,
+        np.zeros(0) if control is None else control.ratio,
+        np.zeros(0, np.int64) if control is None else control.index[:, 0],
+    )  # fmt: skip
+
+
+def _similarity(found: Similar, control: Similar | None, label: str) -> Score:
+    return Score(
+        "similarity", f"cosine similarity ({label})", "high", LEVELS[-1],
+        found.cosine.astype(np.float64), found.index, found.mirrored,
+        np.zeros(0) if control is None else control.cosine.astype(np.float64),
+        np.zeros(0, np.int64) if control is None else control.index,
+    )  # fmt: skip
+
+
+def check_sets(train: np.ndarray, holdout: np.ndarray | None, *, flips: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """`distinct` positions of the training and of the held-out images (none without), which must be able to serve as
+    each other's control.
 
     Raises
     ------
     InputError
         Fewer than two distinct images on a side, different sizes, or a held-out image that trained.
     """
-    if holdout.shape[1:] != train.shape[1:]:
+    if holdout is not None and holdout.shape[1:] != train.shape[1:]:
         raise InputError(
             f"held-out images of {list(holdout.shape[1:])}, expected the training images' {list(train.shape[1:])}"
             " (C, H, W); evaluate with the data the model was trained on"
         )
-    positions = distinct(train, flips=flips), distinct(holdout, flips=flips)
-    for name, images, found in zip(("training", "held-out"), (train, holdout), positions, strict=True):
+    sides = {"training": train} if holdout is None else {"training": train, "held-out": holdout}
+    positions = [distinct(images, flips=flips) for images in sides.values()]
+    for (name, images), found in zip(sides.items(), positions, strict=True):
         if len(found) < 2:
             what = "" if len(found) == len(images) else f" that are one picture{' or its mirror image' * flips}"
             raise InputError(f"an evaluation with {len(images)} {name} images{what}, expected at least 2; take more")
+    if holdout is None:
+        return positions[0], np.zeros(0, np.int64)
     shared = len(set(fingerprints(train, flips=flips)) & set(fingerprints(holdout, flips=flips)))
     if shared:
         mirrored, remedy = (" or their mirror images", "leave mirrored copies out") if flips else ("", "split again")
@@ -217,7 +294,7 @@ def check_sets(train: np.ndarray, holdout: np.ndarray, *, flips: bool = False) -
             f"{shared} held-out images are training images{mirrored}, expected none: a control must not have trained;"
             f" {remedy}"
         )
-    return positions
+    return positions[0], positions[1]
 
 
 def _choose(positions: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -226,7 +303,9 @@ def _choose(positions: np.ndarray, count: int, generator: np.random.Generator) -
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1) / 127.5 - 1.0
+    """[N, D] in [-1, 1]."""
+    flat = images.reshape(len(images), -1)
+    return flat / 127.5 - 1.0 if flat.size <= _HELD else flat / np.float32(127.5) - np.float32(1)
 
 
 def to_json(value: Any) -> Any:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import numpy as np
 
 from fastambient.console import progress, warn
+from fastambient.data.store import Store
+from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.errors import InputError
+from fastambient.evaluation.denoising_gap import denoising_gap
+from fastambient.evaluation.embedders import Embedder, load_embedder
+from fastambient.evaluation.features import default_cache
 from fastambient.evaluation.metrics import check_sets, evaluate
-from fastambient.evaluation.report import RunReport, fd_note, gallery, nearest_pairs, write_report
+from fastambient.evaluation.report import RunReport, gallery, write_report
+from fastambient.evaluation.table import print_table
 from fastambient.files import write_json
 from fastambient.pictures import grid, load_pictures, save_png
 from fastambient.sampling import load, sample
+from fastambient.training.config import EvaluationSettings
 from fastambient.training.run import RunFolder
 
 _PAIRS = 24  # of the gallery: the samples nearest to a training image
-_CONTROL_PAIRS = 6  # the same samples' nearest held-out images, for comparison
 _GRID = 64
+_GAP_LEVELS = np.geomspace(0.05, 10.0, 6)  # of the denoising gap, times sigma_data
+_GAP_IMAGES = 200  # of each side
+
+
+__all__ = ["Evaluated", "evaluate_run", "print_table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,10 @@ def evaluate_run(
     out: Path | None = None,
     device: str = "cpu",
     name: str | None = None,
+    features: str | None = None,
+    weights: Path | None = None,
+    preprocess: str | None = None,
+    cache: Path | None = None,
 ) -> Evaluated:
     """Measure a run against its training and held-out images.
 
@@ -51,6 +63,9 @@ def evaluate_run(
     num : samples to draw; None for the run's evaluation.num
     out : where the metrics go; None for metrics.json in the run
     name : of the run in its report; None for the folder's
+    features, weights, preprocess : the embedder, see `load_embedder`; "none" for no embedder. None for the run's
+        settings evaluation.features, .weights, .preprocess
+    cache : folder of features; None for `default_cache`
 
     Writes metrics.json, evaluation.png, nearest.png and report.html into the run; with `out`, that file and, beside
     it, the others with its name in front (``m.json``, ``m-report.html``): figures of one evaluation stay together.
@@ -85,7 +100,8 @@ def evaluate_run(
         raise InputError(f"--out {target} {what}; name a file in a folder that exists")
     if num is not None and num < 2:
         raise InputError(f"--num must be 2 or more, got {num}")
-    seeds, stats = None, run.read_stats()
+    embedder = open_embedder(*_embedder_settings(e, features, weights, preprocess), device=device)
+    seeds, gap, stats = None, None, run.read_stats()
     trained = stats[-1]["nimg"] / 1000 if stats else None  # in kimg
     if samples is not None:
         pictures = load_pictures(samples)
@@ -99,10 +115,11 @@ def evaluate_run(
         with progress("sampling", count) as advance:
             pictures = sample(denoiser, range(count), on_batch=advance).numpy()
         seeds, trained = f"0-{count - 1}", denoiser.metadata["nimg"] / 1000
+        gap = _denoising_gap(denoiser, store, train, holdout, seed=e.seed)
     if trained is not None and trained < settings.training.kimg:
         warn(f"{path} is not finished: {trained:g} of {settings.training.kimg:g} kimg; longer training copies more")
-    metrics, neighbours, control = evaluate(
-        pictures, train, holdout,
+    evaluation = evaluate(
+        pictures, train, holdout, embedder=embedder, cache=cache or default_cache(), denoising_gap=gap,
         threshold=e.threshold, bootstrap=e.bootstrap, seed=e.seed, flips=flips,
         settings={
             "sigma_tn": settings.noise.sigma_tn,
@@ -116,24 +133,53 @@ def evaluate_run(
             "sampling": settings.tree()["sampling"],
         },
     )  # fmt: skip
-    write_json(target, metrics)
-    overview = grid(pictures[:_GRID])
-    save_png(beside("evaluation.png"), overview)
-    save_png(beside("nearest.png"), gallery(pictures, neighbours, train, _PAIRS))
+    write_json(target, evaluation.metrics)
+    save_png(beside("evaluation.png"), grid(pictures[:_GRID]))
+    save_png(beside("nearest.png"), gallery(evaluation, _PAIRS))
     report = RunReport(
         name=name or path.resolve().name,
         sigma_tn=settings.noise.sigma_tn or 0.0,
-        metrics=metrics,
+        evaluation=evaluation,
         stats=stats,
-        grid=overview,
-        pairs=nearest_pairs(pictures, neighbours, train, _PAIRS),
-        control_pairs=nearest_pairs(pictures, control, holdout, _CONTROL_PAIRS),
-        ratios=neighbours.ratio,
-        control_ratios=control.ratio,
         per_sigma=_per_sigma(run),
     )
     write_report(beside("report.html"), [report], title=f"fastambient: {report.name}")
-    return Evaluated(metrics, report)
+    return Evaluated(evaluation.metrics, report)
+
+
+def open_embedder(features: str, weights: Path | None, preprocess: str, *, device: str = "cpu") -> Embedder | None:
+    """`load_embedder`, or None for "none"."""
+    if preprocess not in ("standard", "paper"):
+        raise InputError(f"--preprocess must be standard or paper, got {preprocess!r}")
+    if features != "none":
+        return load_embedder(features, weights=weights, preprocess=preprocess, device=device)  # type: ignore[arg-type]
+    if weights is not None:
+        raise InputError(f"--weights {weights} with --features none; leave one of them out")
+    return None
+
+
+def _embedder_settings(
+    e: EvaluationSettings, features: str | None, weights: Path | None, preprocess: str | None
+) -> tuple[str, Path | None, str]:
+    """What was asked for, else the run's settings; those belong together, so another network takes none of them."""
+    if features is not None and features != e.features:
+        return features, weights, preprocess or "standard"
+    kept = None if e.weights is None else Path(e.weights)
+    return e.features, weights or kept, preprocess or e.preprocess
+
+
+def _denoising_gap(
+    denoiser: EDMDenoiser, store: Store, train: np.ndarray, holdout: np.ndarray, *, seed: int
+) -> list[dict[str, Any]]:
+    classes = denoiser.label_dim > 0 and store.train.labels is not None
+    total = 2 * len(_GAP_LEVELS) * min(len(train), len(holdout), _GAP_IMAGES)
+    with progress("denoising gap", total) as advance:
+        return denoising_gap(
+            denoiser, train, holdout, sigmas=[float(s) for s in _GAP_LEVELS * denoiser.sigma_data], seed=seed,
+            most=_GAP_IMAGES, on_batch=advance,
+            train_classes=store.train.labels if classes else None,
+            holdout_classes=store.holdout.labels if classes else None,
+        )  # fmt: skip
 
 
 def _per_sigma(run: RunFolder) -> list[dict[str, float]]:
@@ -147,45 +193,3 @@ def _per_sigma(run: RunFolder) -> list[dict[str, float]]:
             low, high = b["sigma_from"] or b["sigma_to"] / 2, b["sigma_to"] or b["sigma_from"] * 2
             points.append({"sigma": (low * high) ** 0.5, "loss": b["loss"]})
     return points
-
-
-def print_table(evaluated: Sequence[Evaluated]) -> None:
-    """One row a run, to stdout, within 80 columns, and what its figures mean."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("model", overflow="fold")
-    heads = ("sigma_tn", "FD to\nheld-out", "copy rate (95 %)", "held-out\ncontrol", "median L2 to\ntrain/held-out")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for item in evaluated:
-        m = item.metrics["memorization"]
-        gap, low, high = m["gap_ratio"], *(100 * side for side in m["gap_ratio"]["ci95"])
-        table.add_row(
-            item.report.name, f"{item.report.sigma_tn:g}", f"{item.metrics['frechet']['pixel']['value']:.3f}",
-            f"{100 * gap['rate']:.1f} % ({low:.1f} - {high:.1f})", f"{100 * gap['holdout_rate']:.1f} %",
-            f"{m['control']['train_median']:.2f} / {m['nearest_distance']['holdout_median']:.2f}",
-        )  # fmt: skip
-    out = Console(width=None if Console().is_terminal else 120, highlight=False)
-    out.print(table)
-    for line in _notes([item.metrics for item in evaluated], [item.report.name for item in evaluated]):
-        out.print(line, soft_wrap=not out.is_terminal, markup=False)
-
-
-def _notes(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """What the figures are, one line each; the runs share their data, so the first one's counts stand for all."""
-    m = metrics[0]
-    fd, searched, gap = m["frechet"]["pixel"], m["memorization"]["control"]["images"], m["memorization"]["gap_ratio"]
-    counts = ", ".join(dict.fromkeys(str(each["counts"]["samples"]) for each in metrics))
-    lines = [
-        f"FD: Frechet distance of {counts} samples to the {fd['reference']}, in pixel space; the"
-        f" {m['counts']['train']} training images have {fd['train_vs_reference']:.3f}.",
-        f"Copy rate: samples whose nearest of {m['counts']['train_distinct']} training images is"
-        f" {1 / gap['threshold']:.3g} times nearer than the second; the control searches {searched} held-out images.",
-        f"Median L2: distance of a sample to the nearest of {searched} training and of {searched} held-out images:"
-        " equally many, because the nearest of more images lies nearer.",
-    ]
-    if searched < m["counts"]["train_distinct"]:
-        rates = (f"{name} {100 * each['memorization']['control']['train_rate']:.1f} %"
-                 for name, each in zip(names, metrics, strict=True))  # fmt: skip
-        lines.insert(2, f"Against as many training images as the control's, the copy rate is: {', '.join(rates)}.")
-    lines += dict.fromkeys(note for each in metrics if (note := fd_note(each)))
-    return [*lines, "Lower FD and copy rates are better; less copying is no privacy guarantee."]

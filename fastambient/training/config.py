@@ -110,6 +110,9 @@ class EvaluationSettings:
     bootstrap: int = 1000  # resamples of the 95 % interval
     seed: int = 0  # of the bootstrap
     flips: bool = False  # search mirrored training images, too
+    features: str = "efficientnet-lite0"  # embedder of similarity and quality, or PATH.pt; none: pixels alone
+    weights: str | None = None  # file with the embedder's weights; None: where they are looked for
+    preprocess: Literal["standard", "paper"] = "standard"  # paper: DINOv2 at native size, as in Shah et al. (2025)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,175 @@
+"""Audit pictures of any generator: are they copies of its training set, and how good are they?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastambient.console import progress, say
+from fastambient.data.archives import Folder
+from fastambient.data.items import Source
+from fastambient.data.pictures import Pictures
+from fastambient.data.sources import open_source
+from fastambient.data.store import Store, is_store
+from fastambient.errors import InputError
+from fastambient.evaluation.embedders import DEFAULT
+from fastambient.evaluation.metrics import check_sets, evaluate
+from fastambient.evaluation.report import RunReport, write_report
+from fastambient.evaluation.report_figures import summary
+from fastambient.evaluation.run import Evaluated, open_embedder
+from fastambient.files import write_json
+from fastambient.pictures import GRID_NAME
+
+
+def audit(
+    samples: str,
+    train: str,
+    *,
+    holdout: str | None = None,
+    out: Path = Path("audit.json"),
+    features: str = DEFAULT,
+    weights: Path | None = None,
+    preprocess: str = "standard",
+    flips: bool = False,
+    num: int | None = None,
+    resolution: int | None = None,
+    cache: Path | None = None,
+    on_bad_image: str = "error",
+    threshold: float = 1 / 3,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Evaluated:
+    """Measure pictures against the images that their generator was trained on.
+
+    Parameters
+    ----------
+    samples : SOURCE of the pictures, often a folder; a ``grid.png`` in its top folder is left out
+    train : SOURCE or STORE of the training images
+    holdout : SOURCE of images that never trained, or a STORE, whose held-out images they are; None: those of `train`
+        where it is a store, else none, and what needs them is None
+    out : where the metrics go; the report goes beside it as ``<stem>-report.html``
+    features, weights, preprocess : the embedder, see `load_embedder`; "none" for no embedder
+    flips : a mirrored training image counts as one, too
+    num : pictures to take, chosen by chance with `seed`; None for all
+    resolution : pixels to which all pictures are cropped and resized
+    cache : folder of features; None for none
+    on_bad_image : "error", or "skip" to leave out pictures that cannot be read
+    threshold, bootstrap, seed : as in `evaluate`
+
+    Raises
+    ------
+    InputError : a source that cannot be read, sets of different sizes, too few pictures, a held-out image that trained
+    """
+    if out.is_dir() or not out.parent.is_dir():  # found now, not after the search
+        what = "is a folder" if out.is_dir() else f"cannot be made: there is no folder {out.parent}"
+        raise InputError(f"--out {out} {what}; name a file in a folder that exists")
+    if num is not None and num < 2:
+        raise InputError(f"--num must be 2 or more, got {num}")
+    embedder = open_embedder(features, weights, preprocess, device=device)
+    sets: dict[str, np.ndarray] = {"--samples": _read(_open(samples, resolution, on_bad_image), samples)}
+    if num is not None:
+        there = len(sets["--samples"])
+        if num > there:
+            raise InputError(f"--num {num}: {samples} holds {there} pictures")
+        chosen = np.sort(np.random.default_rng(seed).choice(there, num, replace=False))
+        sets["--samples"] = sets["--samples"][chosen]
+    if is_store(train):
+        store = _open_store(train, resolution)
+        sets["--train"] = _images(store, "train")
+        if holdout is None and len(store.holdout):
+            sets["--holdout"] = _images(store, "holdout")
+    else:
+        sets["--train"] = _read(_open(train, resolution, on_bad_image), train)
+    if holdout is not None:
+        sets["--holdout"] = (
+            _images(_open_store(holdout, resolution), "holdout") if is_store(holdout)
+            else _read(_open(holdout, resolution, on_bad_image), holdout)
+        )  # fmt: skip
+    sets = _alike(sets, {"--samples": samples, "--train": train, "--holdout": holdout or train}, resolution)
+    check_sets(sets["--train"], sets.get("--holdout"), flips=flips)
+    evaluation = evaluate(
+        sets["--samples"], sets["--train"], sets.get("--holdout"), embedder=embedder, cache=cache, flips=flips,
+        threshold=threshold, bootstrap=bootstrap, seed=seed,
+        settings={
+            "samples": str(samples),
+            "train": str(train),
+            "holdout": str(holdout or train) if "--holdout" in sets else None,
+            "resolution": sets["--train"].shape[-1],
+            "num": num,
+        },
+    )  # fmt: skip
+    write_json(out, evaluation.metrics)
+    report = RunReport(Path(samples).resolve().name or str(samples), None, evaluation)
+    write_report(out.with_name(f"{out.stem}-report.html"), [report], title=f"fastambient audit: {report.name}")
+    return Evaluated(evaluation.metrics, report)
+
+
+def sentence(metrics: dict[str, Any]) -> str:
+    """What was found, in one sentence with its limits."""
+    return summary(metrics)["lead"].replace("\N{NO-BREAK SPACE}", " ").replace("\N{EN DASH}", " - ")
+
+
+def _open(spec: str, resolution: int | None, on_bad_image: str) -> Source:
+    """`open_source`, without the overview that `fastambient sample` writes beside its pictures."""
+    if spec and (Path(spec) / GRID_NAME).is_file():
+        files = Folder(Path(spec))
+        files.names = [name for name in files.names if name != GRID_NAME]
+        return Pictures(files, resolution, on_bad_image)
+    return open_source(spec, resolution=resolution, on_bad_image=on_bad_image)
+
+
+def _read(source: Source, spec: str) -> np.ndarray:
+    """uint8 [N, C, H, W] of all pictures of a source."""
+    images = np.empty((source.length, source.channels, source.resolution, source.resolution), np.uint8)
+    count = 0
+    with progress(f"reading {source.name}", source.length) as advance:
+        for item in source.read():
+            images[count] = item.image
+            count += 1
+            advance(1)
+    if count == 0:
+        raise InputError(f"{spec} holds no picture that can be read, expected at least 2")
+    return images[:count]
+
+
+def _open_store(path: str, resolution: int | None) -> Store:
+    store = Store.open(path, verify=False)
+    if store.train.images is None or store.holdout.images is None:
+        raise InputError(f"{path} was handed out: it holds no clean image to look for copies of; ask who made it")
+    if resolution not in (None, store.resolution):
+        raise InputError(
+            f"--resolution {resolution}, but the store {path} holds images of {store.resolution} pixels; leave"
+            " --resolution out, or name the pictures that it was made from"
+        )
+    return store
+
+
+def _images(store: Store, side: str) -> np.ndarray:
+    images = getattr(store, side).images
+    if len(images) == 0:
+        raise InputError(f"the store {store.path} holds no held-out image; prepare it with a larger --holdout")
+    return np.asarray(images[:])
+
+
+def _alike(sets: dict[str, np.ndarray], named: dict[str, str], resolution: int | None) -> dict[str, np.ndarray]:
+    """The sets at one number of channels, or InputError where their sizes differ."""
+    first = sets["--train"].shape[-2:]
+    for option, images in sets.items():
+        if images.shape[-2:] != first:
+            size, wanted = (f"{w}x{h}" for h, w in (images.shape[-2:], first))
+            raise InputError(
+                f"{option} {named[option]} has pictures of {size}, --train {named['--train']} of {wanted}; pass"
+                f" --resolution R, such as --resolution {min(images.shape[-1], first[-1])}, to bring all to one size"
+            )
+    channels = {images.shape[1] for images in sets.values()}
+    if len(channels) == 1:
+        return sets
+    colour = [images for images in sets.values() if images.shape[1] == 3]
+    if all(bool((images == images[:, :1]).all()) for images in colour):  # grey pictures, stored as RGB
+        return {option: images[:, :1] for option, images in sets.items()}
+    grey = ", ".join(option for option, images in sets.items() if images.shape[1] == 1)
+    say(f"{grey}: grey pictures are compared as colour pictures, like the others")
+    return {option: images.repeat(3 // images.shape[1], axis=1) for option, images in sets.items()}

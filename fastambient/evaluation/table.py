@@ -1,0 +1,102 @@
+"""The table that `evaluate` and `audit` print, and what its figures mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fastambient.evaluation.report import RunReport, fd_note
+
+
+class Measured(Protocol):
+    """What has a row in the table."""
+
+    @property
+    def metrics(self) -> dict[str, Any]: ...
+
+    @property
+    def report(self) -> RunReport: ...
+
+
+def print_table(evaluated: Sequence[Measured]) -> None:
+    """One row a run, to stdout, within 80 columns, and what its figures mean."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("model", overflow="fold")
+    heads = ("sigma_tn", "FD to\nheld-out", "copy rate (95 %)", "held-out\ncontrol", "median L2 to\ntrain/held-out")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for item in evaluated:
+        m = item.metrics["memorization"]
+        gap, low, high = m["gap_ratio"], *(100 * side for side in m["gap_ratio"]["ci95"])
+        nearest, fd = m["control"]["train_median"], item.metrics["frechet"]["pixel"]["value"]
+        nearest = m["nearest_distance"]["median"] if nearest is None else nearest
+        table.add_row(
+            item.report.name, _or_dash(item.report.sigma_tn, "g"), _or_dash(fd, ".3f"),
+            f"{100 * gap['rate']:.1f} % ({low:.1f} - {high:.1f})", _percent(gap["holdout_rate"]),
+            f"{nearest:.2f} / {_or_dash(m['nearest_distance']['holdout_median'], '.2f')}",
+        )  # fmt: skip
+    out = Console(width=None if Console().is_terminal else 120, highlight=False)
+    out.print(table)
+    for line in _notes([item.metrics for item in evaluated], [item.report.name for item in evaluated]):
+        out.print(line, soft_wrap=not out.is_terminal, markup=False)
+
+
+def _notes(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """What the figures are, one line each; the runs share their data, so the first one's counts stand for all."""
+    m = metrics[0]
+    fd, searched, gap = m["frechet"]["pixel"], m["memorization"]["control"]["images"], m["memorization"]["gap_ratio"]
+    images = m["counts"]["train_distinct"]
+    copies = f"Copy rate: samples whose nearest of {images} training images is {1 / gap['threshold']:.3g} times nearer"
+    copies += " than the second"
+    if gap["holdout_rate"] is None:
+        lines = [f"{copies}.", f"Median L2: distance of a sample to the nearest of {images} training images."]
+    else:
+        counts = ", ".join(dict.fromkeys(str(each["counts"]["samples"]) for each in metrics))
+        lines = [
+            f"FD: Frechet distance of {counts} samples to the {fd['reference']}, in pixel space; the"
+            f" {m['counts']['train']} training images have {fd['train_vs_reference']:.3f}.",
+            f"{copies}; the control searches {searched} held-out images.",
+            f"Median L2: distance of a sample to the nearest of {searched} training and of {searched} held-out images:"
+            " equally many, because the nearest of more images lies nearer.",
+        ]
+        if searched < images:
+            rates = (f"{name} {100 * each['memorization']['control']['train_rate']:.1f} %"
+                     for name, each in zip(names, metrics, strict=True))  # fmt: skip
+            lines.insert(2, f"Against as many training images as the control's, the copy rate is: {', '.join(rates)}.")
+    lines += _features(metrics, names)
+    lines += dict.fromkeys(note for each in metrics if (note := fd_note(each)))
+    lines += dict.fromkeys(note for each in metrics for note in each.get("notes") or ())
+    return [*lines, "Lower FD and copy rates are better; less copying is no privacy guarantee."]
+
+
+def _features(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """Similarity, FD and the gap of FLD in an embedder, by run."""
+    told: dict[str, list[str]] = {}
+    for name, m in zip(names, metrics, strict=True):
+        s = m.get("similarity")
+        if not s:
+            continue
+        low, high = (100 * side for side in s["above_0.95_ci95"])
+        control = "" if s["holdout_above_0.95"] is None else f", held-out {_percent(s['holdout_above_0.95'])}"
+        what = f"Similarity ({s['embedder']}), samples with a cosine above 0.95 to a training image"
+        told.setdefault(what, []).append(f"{name} {_percent(s['above_0.95'])} ({low:.1f} - {high:.1f}{control})")
+        for q in m["quality"]:
+            figure, value = next(iter(q["figures"].items()))
+            told.setdefault(f"{figure} ({q['embedder']})", []).append(f"{name} {_or_dash(value, '.4g')}")
+        if m["fld"]:
+            told.setdefault(
+                f"FLD's gap ({m['fld']['embedder']}), how much better samples explain training than held-out images", []
+            ).append(f"{name} {m['fld']['gap']:.3g}")
+    return [f"{what}: {', '.join(each)}." for what, each in told.items()]
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f} %"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
