@@ -570,6 +570,58 @@ def audit(
     print(sentence(found.metrics))
 
 
+figure = typer.Typer(help="Draw figures of runs.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(figure, name="figure")
+RUNS = typer.Argument(help="run folders", metavar="RUN...")
+GPUS = option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")
+
+
+@figure.command("denoised")
+def figure_denoised(
+    runs: Annotated[list[Path], RUNS],
+    images: Annotated[int, option("training images, and as many held-out ones", metavar="N")] = 1,
+    sigmas: Annotated[str | None, option("noise levels", metavar="S,S,...", default="1.5*R/64 times 1/4 to 32")] = None,
+    out: Annotated[Path | None, option("PNG to write", metavar="FILE", default="RUN/figure-denoised.png")] = None,
+    gpus: Annotated[int | None, GPUS] = None,
+) -> None:
+    """What each model makes of the same noised images: rows are models, columns noise levels."""
+    from fastambient.evaluation.figures import denoised
+    from fastambient.training.distributed import choose_ranks
+
+    levels = None if sigmas is None else parse_numbers("--sigmas", sigmas)
+    print(denoised(runs, out, images=images, sigmas=levels, device=choose_ranks(gpus, None)[1]))
+
+
+@figure.command("samples")
+def figure_samples(
+    runs: Annotated[list[Path], RUNS],
+    seeds: Annotated[str, option("one picture a seed, the same for all runs", metavar="LIST")] = "0-63",
+    out: Annotated[Path | None, option("PNG to write", metavar="FILE", default="RUN/figure-samples.png")] = None,
+    gpus: Annotated[int | None, GPUS] = None,
+) -> None:
+    """Samples of each run at the same seeds."""
+    from fastambient.evaluation.figures import samples
+    from fastambient.sampling import parse_seeds
+    from fastambient.training.distributed import choose_ranks
+
+    print(samples(runs, parse_seeds(seeds), out, device=choose_ranks(gpus, None)[1]))
+
+
+@figure.command("neighbours")
+def figure_neighbours(
+    run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")],
+    samples: Annotated[Path | None, option("folder of PNGs or .npz to show instead of sampling", metavar="DIR")] = None,
+    num: Annotated[int, option("samples to show: seeds 0 to N-1, or the first N", metavar="N")] = 16,
+    out: Annotated[Path | None, option("PNG to write", metavar="FILE", default="RUN/figure-neighbours.png")] = None,
+    gpus: Annotated[int | None, GPUS] = None,
+) -> None:
+    """Samples beside their nearest training and held-out images, with the gap ratio."""
+    from fastambient.evaluation.figures import neighbours
+    from fastambient.training.distributed import choose_ranks
+
+    print(neighbours(run, out, samples=samples, num=num, device=choose_ranks(gpus, None)[1]))
+
+
 @app.command()
 def sweep(
     data: Annotated[str, option(f"SOURCE or STORE. SOURCE: {SOURCE_HELP}", metavar="SOURCE|STORE")] = "digits",

@@ -18,7 +18,11 @@ from PIL import Image
 from fastambient import cli as command_line
 from fastambient.training.distributed import World
 
-SMALL = [item for a in (*TINY, "training.batch=8", "training.sample_kimg=0") for item in ("--set", a)]
+SMALL = [
+    item
+    for a in (*TINY, "training.batch=8", "training.sample_kimg=0", "evaluation.features=pixel")
+    for item in ("--set", a)
+]
 
 
 def run(*arguments, capsys):
@@ -42,7 +46,8 @@ def _handlers():
         ("prepare", ["SOURCE", "--resolution", "--sigma-tn", "--noise-seed", "--train", "--holdout", "--split-seed", "--noisy", "--on-bad-image", "1.5*R/64", "pixels"]),
         ("train", ["--data", "--out", "--preset", "--config", "--sigma-tn", "--gpus", "--processes", "--kimg", "thousands of images", "--batch", "--seed", "--noise-seed", "--precision", "--checkpoint-kimg", "--checkpoint-levels", "B|auto", "--set", "--dry-run", "--force", "--resume", "[default: digits]"]),
         ("sample", ["--seeds", "--out", "--class", "--steps", "--batch", "--sampler", "--S-churn", "--S-min", "--S-max", "--S-noise", "--guidance", "--autoguidance", "--guidance-interval", "--precision", "heun", "dpmpp-2m", "[default: 1; with --autoguidance 2]"]),
-        ("evaluate", ["--samples", "--num", "--out", "RUN/metrics.json"]),
+        ("evaluate", ["--samples", "--num", "--out", "RUN/metrics.json", "--features", "--weights", "--preprocess", "efficientnet-lite0"]),
+        ("audit", ["--samples", "--train", "--holdout", "--features", "--weights", "--preprocess", "--flips", "--num", "--resolution", "--cache", "--on-bad-image", "--out", "--gpus", "audit.json"]),
         ("info", ["--json"]),
         ("quickstart", ["--out", "runs/quickstart"]),
     ],

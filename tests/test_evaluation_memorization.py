@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from planted import textures
 
 from fastambient.errors import InputError
-from fastambient.evaluation import memorization
+from fastambient.evaluation import memorization, nearest
 from fastambient.evaluation.memorization import bootstrap_interval, copies_per_image, distinct, nearest_two
 
 
@@ -139,3 +140,52 @@ def test_bad_input():
         nearest_two(images[:0], images)
     with pytest.raises(InputError, match="float64"):
         nearest_two(images / 255, images)
+
+
+@pytest.fixture
+def directions(monkeypatch):
+    """Bounds from principal directions for small sets, too."""
+    monkeypatch.setattr(nearest, "_WORTH", 0)
+    monkeypatch.setattr(nearest, "_FIT_IMAGES", 64)
+    monkeypatch.setattr(nearest, "DIRECTIONS", 16)
+
+
+@pytest.mark.parametrize("kind", ["textures", "noise", "one grey level", "two heaps", "black and white"])
+@pytest.mark.parametrize("flips", [False, True])
+def test_bounds_from_directions_lose_no_neighbour(directions, kind, flips):
+    """Pictures of few directions, of none, and where rounding would show the most."""
+    g = np.random.default_rng(5)
+    images = {
+        "textures": lambda: textures(300, 1, size=16),
+        "noise": lambda: _random(300, (3, 16, 16), 1),
+        "one grey level": lambda: 200 + g.integers(0, 2, (300, 3, 16, 16), np.uint8),
+        "two heaps": lambda: (
+            np.where(np.arange(300) % 2, 3, 250).astype(np.uint8)[:, None, None, None]
+            + g.integers(0, 4, (300, 3, 16, 16), np.uint8)
+        ),
+        "black and white": lambda: 255 * g.integers(0, 2, (300, 3, 16, 16), np.uint8),
+    }[kind]()
+    images, samples = images[:240], images[240:].copy()
+    samples[:20] = _nudged(images[100:120])
+    samples[20:25] = images[100:105]
+    squared = _brute_force(samples, images)
+    if flips:
+        squared = np.minimum(squared, _brute_force(samples, images[..., ::-1]))
+    found = nearest_two(samples, images, flips=flips)
+    assert np.array_equal(found.index, np.argsort(squared, axis=1, kind="stable")[:, :2])
+    assert np.array_equal(found.distance, np.sqrt(np.sort(squared, axis=1)[:, :2]) / 127.5)
+
+
+def test_directions_leave_few_pairs_to_compare(directions, monkeypatch):
+    compared = []
+    compare = nearest._Best.compare
+    monkeypatch.setattr(nearest._Best, "compare", lambda self, i, j: (compared.append(len(i)), compare(self, i, j)))
+    monkeypatch.setattr(memorization, "_IMAGE_BLOCK", 100)
+    images = textures(1000, 1, size=16)
+    nearest_two(images[900:], images[:900])
+    assert sum(compared) < 0.04 * 900 * 100
+
+
+def test_distances_of_pairs_are_exact_at_their_largest():
+    a, b = np.zeros((1, 12_288), np.uint8), np.full((1, 12_288), 255, np.uint8)
+    assert nearest.squared_distances(a, b).tolist() == [12_288 * 255**2]

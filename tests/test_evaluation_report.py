@@ -255,11 +255,16 @@ def test_histograms_tell_copies_from_the_control(page):
 
 def test_timeline_and_gap_are_drawn_where_there_is_data(page, tmp_path):
     text = page[1].text
-    assert "During training" in text and "dotted: of held-out images" in text and "knows its training images" in text
+    assert (
+        "Copying during training" in text
+        and "dotted: of held-out images" in text
+        and "knows its training images" in text
+    )
     rows = [{"kimg": 4, "rate": 0.1, "ci95": [0.0, 0.2], "holdout_rate": None, "fd": None}, {"kimg": 8, "rate": None}]
     run = dataclasses.replace(checks.run("r", 0.2, 3, holdout=0, logs=False), timeline=rows)
     text = _read(tmp_path, run)[1].text
-    assert "During training" in text and "Frechet distance of the same samples" not in text and "Loss" not in text
+    assert "Copying during training" in text and "Frechet distance of the same samples" not in text
+    assert "Loss" not in text
     assert report_plots.points(rows, "kimg", "rate") == ([4.0], [0.1])
     assert report_plots.curves([([], [])], "x", "y") is None
     steps = [{"nimg": 1000 * i, "loss": float(i)} for i in range(1, 241)] + [{"nimg": 241000, "loss": None}]
@@ -314,6 +319,8 @@ def test_sheets_hold_every_picture_without_loss(monkeypatch, webp, channels, siz
     assert np.array_equal(shown, np.argsort(e.scores[0].values, kind="stable"))
     for place, n in enumerate(shown):
         assert np.array_equal(_cut(pictures["samples"], place), np.broadcast_to(e.samples[n], (3, size, size)))
+    _, first = np.unique(_unpacked(numbers["scores"][0]["place"], "<i4"), return_index=True)
+    assert (np.diff(first) > 0).all(), "in the order of their use: the first view needs the first sheet alone"
     for score, packed in zip(e.scores, numbers["scores"], strict=True):
         assert np.array_equal(_unpacked(packed["values"], "<f8"), score.values), "as they were counted, not rounded"
         assert np.array_equal(_unpacked(packed["control"], "<f8"), score.control)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from conftest import make_run
+from conftest import make_run, train_here
 
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import open_source
@@ -164,3 +164,25 @@ def test_a_runs_settings_reach_its_figures_and_its_report(tmp_path, flips):
     (score,), (reported,) = expected.scores, found.report.evaluation.scores
     assert np.array_equal(reported.values, score.values) and np.array_equal(reported.control, score.control)
     assert np.array_equal(reported.control_index, score.control_index) and reported.threshold == 0.97
+
+
+def test_the_embedder_is_the_settings_or_the_one_that_is_asked_for(tmp_path):
+    settings = ("evaluation.features=pixel", "data.use_labels=true")
+    np.savez(tmp_path / "all.npz", images=_noise_set(60, 5), labels=np.arange(60) % 3)
+    prepare(
+        open_source(str(tmp_path / "all.npz")), tmp_path / "store", sigma_tn=0.2, noise_seed=1, train=20, holdout=40
+    )
+    run = make_run(tmp_path / "run", *settings, "training.kimg=0.008", data=str(tmp_path / "store"))
+    train_here(run)
+    drawn = evaluate_run(run, num=3).metrics
+    assert drawn["similarity"]["embedder"] == "pixel" and drawn["quality"][0]["embedder"] == "pixel"
+    rows = drawn["denoising_gap"]
+    assert len(rows) == 6 and all(row["train"] > 0 and row["gap"] > 0 for row in rows)
+    assert [row["sigma"] for row in rows] == sorted(row["sigma"] for row in rows)
+    np.savez(tmp_path / "samples.npz", images=_noise_set(5, 6))
+    read = evaluate_run(run, samples=tmp_path / "samples.npz", features="none").metrics
+    assert read["similarity"] is None and read["denoising_gap"] is None and read["quality"] == []
+    with pytest.raises(InputError, match="--preprocess paper is DINOv2's"):
+        evaluate_run(run, num=3, preprocess="paper")
+    with pytest.raises(InputError, match="no embedder 'nothing'"):
+        evaluate_run(run, num=3, features="nothing")

@@ -210,7 +210,11 @@ def call_module(module: Callable[[Tensor], Any], path: Path, x: Tensor) -> Tenso
 
 def _filled(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """float32 weights, and zeros for batch norm's counters where the file has none."""
-    counters = {k: torch.tensor(0) for k in network.state_dict() if k.endswith("num_batches_tracked")}
+    counters = {
+        k: torch.zeros((), dtype=torch.int64, device="cpu")
+        for k in network.state_dict()
+        if k.endswith("num_batches_tracked")
+    }
     return counters | {k: v.to(torch.float32) for k, v in state.items() if k not in counters}
 
 

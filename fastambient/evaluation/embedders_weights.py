@@ -111,7 +111,9 @@ def script_bytes(path: Path, device: torch.device) -> tuple[torch.jit.ScriptModu
     """A TorchScript module for evaluation on `device`, and the hex SHA-256 of the very bytes it was made from."""
     data = path.read_bytes()
     module = _script(path, device, data)
-    return module.eval().requires_grad_(False), hashlib.sha256(data).hexdigest()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.eval(), hashlib.sha256(data).hexdigest()
 
 
 def _script(path: Path, device: torch.device, data: bytes | None = None) -> torch.jit.ScriptModule:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,14 @@ from fastambient.evaluation.memorization import (
     fingerprints,
     nearest_two,
 )
+from fastambient.evaluation.results import Evaluation, Score
 from fastambient.evaluation.similarity import LEVELS, Similar
 from fastambient.pictures import as_pictures
 
 if TYPE_CHECKING:
     from fastambient.evaluation.embedders import Embedder
+
+__all__ = ["Evaluation", "Score", "check_sets", "evaluate", "to_json"]
 
 _TOP = 10  # the most copied training images that are named
 _HELD = 2**26  # numbers of a set, above which they stay float32: those of small sets keep every digit
@@ -34,46 +36,6 @@ _NO_HOLDOUT = (
     "There is no held-out set: Frechet distances, KID, precision, recall, density, coverage, MiFID, FLD and all"
     " controls need images that never trained. How much of the copying is chance cannot be told."
 )
-
-
-@dataclass(frozen=True)
-class Score:
-    """One measure of how near each sample lies to the training set, and to held-out images.
-
-    key: "gap_ratio" or "similarity"; label: for people, such as "cosine similarity (EfficientNet-Lite0)".
-    closer: which end is a copy, "low" or "high".
-    threshold: below (low) or above (high) it a sample counts as a copy.
-    values: float64 [N], one a sample.
-    index: int64 [N], each sample's nearest training image by this measure.
-    mirrored: bool [N], the mirror image is the nearer one.
-    control, control_index: float64 and int64 [N], the same among held-out images; [0] where there are none.
-    """
-
-    key: str
-    label: str
-    closer: str
-    threshold: float
-    values: np.ndarray
-    index: np.ndarray
-    mirrored: np.ndarray
-    control: np.ndarray
-    control_index: np.ndarray
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured, and the pictures that a report shows.
-
-    metrics: the content of metrics.json (JSON types only).
-    samples, train: uint8 [N, C, H, W] and [M, C, H, W]; holdout: the same, or None where nothing is held out.
-    scores: the gap ratio first; the cosine similarity where an embedder was given.
-    """
-
-    metrics: dict[str, Any]
-    samples: np.ndarray
-    train: np.ndarray
-    holdout: np.ndarray | None
-    scores: tuple[Score, ...]
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from fastambient.evaluation import report_figures as figures
 from fastambient.evaluation import report_plots as plots
 from fastambient.evaluation.frechet import bias_note
 from fastambient.evaluation.metrics import Evaluation
-from fastambient.evaluation.report_gallery import gallery, gallery_data, is_copy, most_copied, nearest_pairs
+from fastambient.evaluation.report_gallery import gallery, gallery_data, is_copy, most_copied, nearest_pairs, reduced
 from fastambient.files import write_bytes
 from fastambient.pictures import grid, png_bytes
 
@@ -95,7 +95,7 @@ def write_report(path: Path, runs: Sequence[RunReport], *, title: str) -> None:
         timeline=_timeline(runs),
         training=_training(runs),
         arrows={"lower": "\N{DOWNWARDS ARROW}", "higher": "\N{UPWARDS ARROW}"},
-        grids=[grid(run.evaluation.samples[:_GRID]) for run in runs],
+        grids=[grid(reduced(run.evaluation.samples[:_GRID])) for run in runs],
         copied=[most_copied(run.evaluation) for run in runs],
         controls=[_control(run.evaluation) for run in runs],
         data=data,
@@ -163,7 +163,8 @@ def _control(evaluation: Evaluation) -> dict[str, Any] | None:
     if not len(pairs.value):
         return None
     score = evaluation.scores[0]
-    return {"pairs": pairs, "score": score, "beyond": is_copy(pairs.value, score)}
+    shown = [reduced(images) for images in (pairs.samples, pairs.nearest)]
+    return {"pairs": pairs, "shown": shown, "score": score, "beyond": is_copy(pairs.value, score)}
 
 
 def _settings(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

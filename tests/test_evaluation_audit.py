@@ -1,0 +1,251 @@
+"""audit: planted memorization is found in its known shares, whatever the pictures come in; bad input is one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from planted import KINDS, generate, textures
+
+from fastambient import cli
+from fastambient.data.preparation import prepare
+from fastambient.data.sources import open_source
+from fastambient.errors import InputError
+from fastambient.evaluation import evaluate
+from fastambient.evaluation.audit import audit, sentence
+from fastambient.evaluation.embedders import load_embedder
+from fastambient.evaluation.features import default_cache
+from fastambient.pictures import grid, save_png
+
+EACH = 20
+CIFAR = Path("/work/shared/data/cifar10-train.zip")
+
+
+def _hits(score) -> np.ndarray:
+    return score.values < score.threshold if score.closer == "low" else score.values > score.threshold
+
+
+def _control_hits(score) -> np.ndarray:
+    return score.control < score.threshold if score.closer == "low" else score.control > score.threshold
+
+
+@pytest.fixture(scope="module")
+def sets() -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, slice]]:
+    train, holdout = textures(200, 1, size=16), textures(200, 2, size=16)
+    samples, rows = generate(train, textures(EACH, 3, size=16), EACH)
+    return samples, train, holdout, rows
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_each_metric_finds_what_was_planted_and_nothing_else(sets, flips):
+    samples, train, holdout, rows = sets
+    found = evaluate(samples, train, holdout, embedder=load_embedder("pixel"), flips=flips, settings={})
+    always = {"exact", "noise 0.01", "noise 0.05"} | ({"flip"} if flips else set())
+    for score in found.scores:
+        hits = _hits(score)
+        for kind in KINDS:
+            share = hits[rows[kind]].mean()
+            if kind != "shift":  # one pixel of 16: near enough in smooth pictures alone
+                assert share == (kind in always), (score.key, kind)
+            if kind in always:
+                own = np.arange(rows[kind].start, rows[kind].stop)
+                assert np.array_equal(score.index[rows[kind]], own), (score.key, kind)
+                assert score.mirrored[rows[kind]].all() == (kind == "flip")
+        assert not _control_hits(score).any(), "held-out images were not copied"
+    gap, alike = found.metrics["memorization"]["gap_ratio"], found.metrics["similarity"]
+    shifted = [_hits(score)[rows["shift"]].sum() for score in found.scores]
+    assert gap["copies"] == len(always) * EACH + shifted[0] and gap["holdout_rate"] == 0
+    assert alike["above_0.95"] == (len(always) * EACH + shifted[1]) / len(samples) == alike["excess_0.95"]
+    assert gap["ci95"][0] < gap["rate"] < gap["ci95"][1]
+    per_image = found.metrics["copies_per_train_image"]
+    assert per_image["images_copied"] == gap["copies"] and per_image["histogram"] == {"1": gap["copies"]}
+    # Blends copy two images at once, and neither more than the other.
+    assert (found.scores[0].values[rows["blend"]] > 0.9).all()
+    assert found.metrics["fld"]["gap"] > 10 * abs(_clean_fld(train, holdout))
+    assert found.metrics["mifid"]["distance"] < 1
+
+
+def _clean_fld(train: np.ndarray, holdout: np.ndarray) -> float:
+    fresh = textures(140, 4, size=16)
+    found = evaluate(fresh, train, holdout, embedder=load_embedder("pixel"), settings={}).metrics
+    assert found["memorization"]["gap_ratio"]["rate"] == 0 and found["similarity"]["excess_0.95"] == 0
+    return found["fld"]["gap"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR.is_file(), reason="needs CIFAR-10")
+def test_planted_copies_of_photographs_in_a_networks_features():
+    source = open_source(str(CIFAR))
+    images = np.stack([item.image for item in source.read(0, 320)])
+    train, holdout = images[:150], images[150:300]
+    samples, rows = generate(train, images[300:], EACH)
+    found = evaluate(samples, train, holdout, embedder=load_embedder(), cache=default_cache(), settings={})
+    gap, alike = (_hits(score) for score in found.scores)
+    for kind in ("exact", "noise 0.01", "noise 0.05"):
+        assert gap[rows[kind]].all(), kind
+    for kind in ("blend", "flip", "fresh"):
+        assert not gap[rows[kind]].any(), kind
+    assert alike[rows["exact"]].all() and not alike[rows["fresh"]].any()
+    values = found.scores[1].values
+    median = {kind: np.median(values[rows[kind]]) for kind in KINDS}
+    # A network sees a flip or a shift as the same picture sooner than pixels do, and noise as another one.
+    assert median["noise 0.01"] > median["noise 0.05"] > median["fresh"]
+    assert min(median["flip"], median["shift"]) > median["fresh"]
+    assert not any(_control_hits(score).any() for score in found.scores)
+    assert found.metrics["similarity"]["excess_0.95"] >= EACH / len(samples)
+    q = found.metrics["quality"][0]
+    assert any("fewer samples and reference images than dimensions" in name for name in q["figures"])
+
+
+def _folder(path: Path, images: np.ndarray, suffix: str = ".png", **options) -> Path:
+    path.mkdir()
+    for i, image in enumerate(images):
+        picture = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(picture)).save(path / f"{i:04d}{suffix}", **options)
+    return path
+
+
+def _run(*arguments, capsys) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return ended.value.code, out, err
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """30 of 100 samples are copies."""
+    monkeypatch.chdir(tmp_path)
+    train, holdout, samples = (textures(n, seed, size=16) for n, seed in ((60, 1), (60, 2), (100, 3)))
+    samples[:30] = np.clip(train[:30].astype(int) + 1, 0, 255)
+    for name, images in (("train", train), ("holdout", holdout), ("samples", samples)):
+        _folder(Path(name), images)
+    return train, holdout, samples
+
+
+def test_the_command_finds_planted_copies_end_to_end(folders, capsys):
+    options = ("--samples", "samples", "--train", "train", "--features", "pixel")
+    code, out, _ = _run("audit", *options, "--holdout", "holdout", "--cache", "none", capsys=capsys)
+    assert code == 0 and "copy rate" in out and "30.0 %" in out
+    assert out.splitlines()[-1].startswith("30.0 % of samples are copies of a training image (95 % interval ")
+    assert out.splitlines()[-1].endswith("of held-out images 0.0 %.")
+    metrics = json.loads(Path("audit.json").read_text())
+    assert metrics["memorization"]["gap_ratio"]["rate"] == 0.3 == metrics["similarity"]["above_0.95"]
+    assert metrics["similarity"]["holdout_above_0.95"] == 0
+    assert metrics["settings"]["samples"] == "samples" and metrics["settings"]["train"] == "train"
+    assert "30.0" in Path("audit-report.html").read_text(encoding="utf-8")
+    code, out, _ = _run("audit", *options, "--out", "b.json", "--num", 40, capsys=capsys)
+    assert code == 0 and "no held-out set" in out and "control is missing" in out.splitlines()[-1]
+    bare = json.loads(Path("b.json").read_text())
+    assert bare["counts"]["samples"] == 40 and bare["memorization"]["gap_ratio"]["holdout_rate"] is None
+    assert 4 < bare["memorization"]["gap_ratio"]["copies"] < 24, "by chance, not the first 40"
+    assert Path("b-report.html").is_file() and len(list(Path.cwd().glob("*.json"))) == 2
+
+
+def test_pictures_come_in_any_form_and_a_store_brings_its_control(folders, tmp_path):
+    train, holdout, samples = folders
+    expected = audit("samples", "train", holdout="holdout", features="none").metrics
+    np.save("samples.npy", samples)
+    np.savez("samples.npz", images=samples)
+    shutil.make_archive("zipped", "zip", "samples")
+    save_png(Path("samples") / "grid.png", grid(samples[:9]))  # as `fastambient sample` leaves it
+    _folder(Path("webp"), samples, ".webp", lossless=True)
+    for form in ("samples.npy", "samples.npz", "zipped.zip", "samples", "webp"):
+        found = audit(form, "train", holdout="holdout", features="none", out=Path("x.json")).metrics
+        assert {**found, "settings": 0} == {**expected, "settings": 0}, form
+    _folder(Path("all"), np.concatenate([train, holdout]))
+    store = prepare(open_source("all"), "store", train=60, holdout=60, noise_seed=1)
+    found = audit("samples", "store", features="none", out=Path("x.json")).metrics
+    assert found["counts"]["holdout"] == 60 and found["memorization"]["gap_ratio"]["holdout_rate"] is not None
+    there = [image.tobytes() for image in store.train.images[:]]
+    assert found["memorization"]["gap_ratio"]["copies"] == sum(image.tobytes() in there for image in train[:30])
+    prepare(open_source("holdout"), "kept", train=35, holdout=25, noise_seed=1)
+    other = audit("samples", "train", holdout="kept", features="none", out=Path("x.json"))
+    assert len(other.report.evaluation.holdout) == 25, "the images that the store holds back"
+
+
+def test_grey_and_colour_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train, samples = textures(30, 1, size=8, channels=1), textures(20, 2, size=8, channels=1)
+    samples[:5] = train[:5]
+    _folder(Path("train"), train)
+    _folder(Path("rgb"), samples.repeat(3, axis=1))
+    plain = audit("rgb", "train", features="none")
+    assert plain.report.evaluation.samples.shape[1] == 1, "grey pictures that were stored in colour"
+    assert plain.metrics["memorization"]["gap_ratio"]["copies"] == 5
+    colour = textures(20, 3, size=8)
+    _folder(Path("colour"), colour)
+    assert audit("colour", "train", features="none").report.evaluation.train.shape[1] == 3
+    assert "grey pictures are compared as colour pictures" in capsys.readouterr().err
+
+
+def _break(what: str, folders) -> list[str]:
+    """Arguments of an audit that cannot be done."""
+    train, *_ = folders
+    usual = ["--train", "train", "--features", "none"]
+    if what == "empty folder":
+        Path("empty").mkdir()
+        return ["--samples", "empty", *usual]
+    if what == "corrupt":
+        (Path("samples") / "0007.png").write_bytes((Path("samples") / "0007.png").read_bytes()[:150])
+    if what == "mixed sizes":
+        Image.new("RGB", (17, 17)).save(Path("samples") / "0050.png")
+    if what == "other size":
+        _folder(Path("large"), textures(5, 1, size=20))
+        return ["--samples", "large", *usual]
+    if what == "held-out trained":
+        save_png(Path("holdout") / "x.png", train[3])
+        return ["--samples", "samples", *usual, "--holdout", "holdout"]
+    if what == "held-out flipped":
+        save_png(Path("holdout") / "x.png", train[3][..., ::-1])
+        return ["--samples", "samples", *usual, "--holdout", "holdout", "--flips"]
+    if what == "one sample":
+        _folder(Path("one"), train[:1])
+        return ["--samples", "one", *usual]
+    if what == "store resolution":
+        prepare(open_source("train"), "store", train=50, holdout=10, noise_seed=1)
+        return ["--samples", "samples", "--train", "store", "--features", "none", "--resolution", "8"]
+    return ["--samples", "samples", *usual, *(what.split() if what.startswith("--") else [])]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("empty folder", "empty"),
+        ("corrupt", "0007.png cannot be read"),
+        ("mixed sizes", "0050.png is 17 x 17 pixels"),
+        ("other size", "--samples large has pictures of 20x20, --train train of 16x16; pass --resolution R"),
+        ("held-out trained", "1 held-out images are training images"),
+        ("held-out flipped", "1 held-out images are training images or their mirror images"),
+        ("one sample", "1 samples, expected at least 2"),
+        ("store resolution", "--resolution 8, but the store store holds images of 16 pixels"),
+        ("--holdout nowhere", "'nowhere'"),
+        ("--num 1", "--num must be 2 or more"),
+        ("--num 101", "--num 101: samples holds 100 pictures"),
+        ("--out samples", "--out samples is a folder"),
+        ("--out none/x.json", "there is no folder none"),
+        ("--features nothing", "no embedder 'nothing'"),
+        ("--weights w.pt", "--weights w.pt with --features none"),
+        ("--features pixel --preprocess paper", "--preprocess paper is DINOv2's"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(folders, capsys, what, message):
+    code, out, err = _run("audit", *_break(what, folders), capsys=capsys)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert message in err and not out
+    assert not list(Path.cwd().glob("*audit*"))
+
+
+def test_other_sizes_meet_at_a_resolution_and_broken_pictures_may_be_skipped(folders, capsys):
+    train, *_ = folders
+    Path("samples/0007.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"0007\.png"):
+        audit("samples", "train", features="none")
+    found = audit("samples", "train", features="none", resolution=8, on_bad_image="skip")
+    assert found.metrics["counts"]["samples"] == 99 and found.metrics["settings"]["resolution"] == 8
+    assert found.metrics["memorization"]["gap_ratio"]["copies"] == 29
+    assert sentence(found.metrics).startswith("29.3 % of samples are copies")
