@@ -104,6 +104,9 @@ def test_an_image_that_another_run_trained_on_is_not_called_held_out(runs, drawn
     sets = [keys(store.train.images[:]) for store in stores]
     trained, held = (block.tiles[0, 0].tobytes() for block in drawn)
     assert trained in sets[0] & sets[1] and held not in sets[0] | sets[1]
+    ids = [set(store.train.ids.tolist()) for store in stores]
+    places = figures._never_trained([runs[0], other], stores, 1500)
+    assert not (ids[0] | ids[1]) & set(stores[0].holdout.ids[places].tolist()) and places != list(range(1500))
     shared = len(set(stores[0].train.ids.tolist()) & set(stores[1].train.ids.tolist()))
     with pytest.raises(InputError, match=f"share {shared} training images, expected {shared + 1}"):
         figures.denoised([runs[0], other], tmp_path / "f.png", images=shared + 1)
