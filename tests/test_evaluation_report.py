@@ -148,6 +148,9 @@ def test_fewer_held_out_images_are_compared_at_equal_counts():
     rows = {f.name: f for f in report_figures.figures(m)}
     assert rows["Copy rate, equal counts"].value == "55.0\xa0%"
     assert rows["Nearest training image"].value == "3.33", "the median at equal counts, not the one of all images"
+    m["similarity"]["control"] = {"images": 80, "train_mean": 0.61}
+    rows = {f.name: f for f in report_figures.figures(m)}
+    assert rows["Mean highest similarity"].detail.startswith("0.61 at equal counts, held-out 0.7")
     assert "Copy rate, equal counts" not in {f.name for f in report_figures.figures(checks.run("r", 0.2, 4).metrics)}
 
 

@@ -96,6 +96,7 @@ def write_report(path: Path, runs: Sequence[RunReport], *, title: str) -> None:
         training=_training(runs),
         arrows={"lower": "\N{DOWNWARDS ARROW}", "higher": "\N{UPWARDS ARROW}"},
         grids=[grid(reduced(run.evaluation.samples[:_GRID])) for run in runs],
+        shown=_GRID,
         copied=[most_copied(run.evaluation) for run in runs],
         controls=[_control(run.evaluation) for run in runs],
         data=data,

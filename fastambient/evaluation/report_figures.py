@@ -178,12 +178,15 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
                 "lower",
             ),
         ]  # fmt: skip
-    control = s.get("holdout_mean")
+    control, equal = s.get("holdout_mean"), at(s, "control/train_mean")
+    beside = "no held-out images" if control is None else f"held-out {number(control)}"
+    if equal is not None and at(s, "control/images") != at(metrics, "counts/train_distinct"):
+        beside = f"{number(equal)} at equal counts, {beside}"
     rows.append(
         Figure(
             COPYING, "Mean highest similarity", space,
             "To the most similar training image, averaged over the samples.",
-            _number(s.get("mean")), "no held-out images" if control is None else f"held-out {number(control)}",
+            _number(s.get("mean")), beside,
         )
     )  # fmt: skip
     return rows
