@@ -5,6 +5,7 @@ noise_seed          the secret of the noise contract, readable by its owner only
 store/              the prepared data set, where the run was started from a SOURCE
 store_sha256        of the manifest of the STORE that the run was started on, which lies elsewhere
 stats.jsonl         one object per optimizer step
+skipped.jsonl       [image, reason], of the images that a stream left out: a line from each process that met one
 sigma_loss.jsonl    loss per noise level, one object per checkpoint
 checkpoints/        nimg-000000064000/ ...
 model.safetensors   EMA weights, self-contained
@@ -39,6 +40,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.stats = path / "stats.jsonl"
+        self.skipped = path / "skipped.jsonl"
         self.sigma_loss = path / "sigma_loss.jsonl"
         self.checkpoints = path / "checkpoints"
         self.weights = path / "model.safetensors"
@@ -104,6 +106,7 @@ class RunFolder:
                 f"the shards of {self.read_settings().data.source} are not those that {self.path} was started on (their"
                 " names, sizes or numbers of images differ); put those back, or start another run"
             )
+        stream.journal = self.skipped.absolute()
         return stream
 
     def _unchanged(self, store: Store, pinned: Path) -> Store:
