@@ -150,14 +150,9 @@ def test_streamed_noise_is_the_contracts(tmp_path, shards):
     assert sorted(found["ids"].tolist()) == sorted(store.train.ids.tolist())
 
 
-def test_skipped_images_are_counted_once_over_all_processes(tmp_path, shards, capsys):
-    """A broken image that three processes meet is one, and the run says so at its end."""
-    file = shards / "digits-0000.tar"
-    data = bytearray(file.read_bytes())
-    data[512:544] = bytes(32)  # the first image's content
-    file.write_bytes(data)
-    path = run_of(tmp_path, shards, on_bad_image="skip", loader="workers", workers=1)
-    run = RunFolder(path)
+def test_skipped_images_are_counted_once_over_all_processes(tmp_path, shards):
+    """A broken image that several processes meet is one; what a kill cut off is no error."""
+    run = RunFolder(run_of(tmp_path, broken(shards), on_bad_image="skip"))
     for stream in (run.open_stream(), copy.deepcopy(run.open_stream())):
         for _ in range(2):
             stream.fetch(np.arange(50))
@@ -166,5 +161,19 @@ def test_skipped_images_are_counted_once_over_all_processes(tmp_path, shards, ca
     with open(run.skipped, "a") as torn:
         torn.write('["cut o\n')
     assert list(read_journal(run.skipped)) == ["digits-0000.tar: 00000.png"]
+
+
+@pytest.mark.slow
+def test_a_run_says_how_many_images_it_skipped(tmp_path, shards, capsys):
+    path = run_of(tmp_path, broken(shards), on_bad_image="skip", loader="workers", workers=1)
     train_here(path)
-    assert f"warning: 1 images could not be read and were skipped: {run.skipped}" in capsys.readouterr().err
+    assert f"warning: 1 image(s) could not be read and were skipped: {path}" in capsys.readouterr().err
+
+
+def broken(shards):
+    """The first image of the first shard cannot be read."""
+    file = shards / "digits-0000.tar"
+    data = bytearray(file.read_bytes())
+    data[512:544] = bytes(32)
+    file.write_bytes(data)
+    return shards

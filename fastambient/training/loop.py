@@ -347,7 +347,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
     finally:
         trainer.loader.close()
         if world.first and (skipped := read_journal(trainer.run.skipped)):
-            warn(f"{len(skipped):,} images could not be read and were skipped: {trainer.run.skipped}")
+            warn(f"{len(skipped):,} image(s) could not be read and were skipped: {trainer.run.skipped}")
 
 
 def _notes(s: Settings, data: TrainingSet) -> list[str]:
