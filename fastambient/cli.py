@@ -203,6 +203,7 @@ def prepare(
         return
     if check is not None:
         store = Store.open(check)
+        store.check_noise()
         print(f"{check}: {store.summary()}; {len(store.manifest['files'])} files as the manifest says")
         return
     if source is None or out is None:
@@ -223,6 +224,9 @@ def prepare(
         workers=workers or os.cpu_count() or 1,
     )  # fmt: skip
     print(f"{out}: {store.summary()}")
+    if hand_out and store.num_classes:
+        names = ", ".join(store.class_names or []) or f"0 to {store.num_classes - 1}"
+        print(f"its class labels are handed out, too: {names}")
 
 
 @app.command()

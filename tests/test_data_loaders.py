@@ -292,13 +292,13 @@ def test_auto_is_resident_where_the_set_fits(store, monkeypatch):
     for memory, ranks, expected in ((2 * rows.nbytes, 1, "resident"), (2 * rows.nbytes - 2, 1, "dali"), (2 * rows.nbytes, 2, "dali")):  # fmt: skip
         monkeypatch.setattr(loaders, "available_memory", lambda memory=memory: memory)
         monkeypatch.setattr(dali, "missing", lambda device: None)
-        kind, reason = choose("auto", rows, CPU, ranks=ranks)
+        kind, reason = choose("auto", rows.nbytes, CPU, ranks=ranks)
         assert kind == expected and "GiB" in reason
     monkeypatch.setattr(dali, "missing", lambda device: "DALI is not installed")
-    kind, reason = choose("auto", rows, CPU, ranks=2)
+    kind, reason = choose("auto", rows.nbytes, CPU, ranks=2)
     assert kind == "workers" and "DALI is not installed" in reason
-    assert choose("auto", JpegRows(), CPU)[0] == "workers", "what has no size is streamed"
-    assert choose("dali", rows, CPU)[0] == "dali"
+    assert choose("auto", None, CPU)[0] == "workers", "what has no size is streamed"
+    assert choose("dali", rows.nbytes, CPU)[0] == "dali"
     with pytest.raises(InputError, match="streamed"):
         loader("resident", JpegRows(), Share(8))
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastambient.data import Store, image_id, image_ids, open_source, prepare
+from fastambient.cli import app
+from fastambient.data import Store, image_id, image_ids, open_source, preparation, prepare
 from fastambient.data import decoding as decoding_module
-from fastambient.data.handout import system_normal
+from fastambient.data.handout import noised_by_system, system_normal
 from fastambient.data.text import line_offsets, write_texts
 from fastambient.errors import FastambientError, InputError
 from fastambient.files import sha256_file
@@ -293,6 +294,7 @@ def test_hand_out(tmp_path, folder):
     sides = {f"{side}/{name}.npy" for side in ("train", "holdout") for name in ("ids", "labels")}
     assert on_disk == {*sides, "train/noisy-00000.npy", "manifest.json"}
     assert "photos" not in json.dumps(store.manifest) and "seed" not in json.dumps(store.manifest)
+    assert store.sigma_data == round(store.sigma_data, 2), "all digits are a sum over clean pixels"
 
     x_n = torch.from_numpy(store.train.noisy[:])
     x0 = torch.from_numpy(IMAGES).float() / 127.5 - 1
@@ -309,7 +311,9 @@ def test_hand_out(tmp_path, folder):
     )
     assert not set(again.train.ids.tolist()) & set(store.train.ids.tolist())
     assert not np.allclose(np.sort(again.train.noisy[:].ravel()), np.sort(store.train.noisy[:].ravel()))
-    assert sum(bool(again.train.texts[row]) for row in range(120)) == 40
+    nearest = torch.cdist(torch.from_numpy(again.train.noisy[:]).flatten(1).double(), x0.flatten(1).double()).argmin(1)
+    for row, i in enumerate(nearest.tolist()):
+        assert again.train.texts[row] == ({} if i % 3 else {"txt": f"picture {i}: ünïcode\n"})
 
 
 def test_a_hand_out_holds_one_of_each_picture(tmp_path):
@@ -317,6 +321,54 @@ def test_a_hand_out_holds_one_of_each_picture(tmp_path):
     np.save(tmp_path / "set.npy", np.concatenate([IMAGES[:10], IMAGES[:4], IMAGES[:3, :, :, ::-1]]))
     store = prepare(open_source(tmp_path / "set.npy"), tmp_path / "store", hand_out=True, sigma_tn=0.5, noisy="float16")
     assert len(store.train) == 10
+    fewer = prepare(
+        open_source(tmp_path / "set.npy"), tmp_path / "fewer", hand_out=True, sigma_tn=0.5, noisy="float16", train=6
+    )
+    assert fewer.manifest["counts"] == {"images": 6}, "how many pictures there are beside these is nobody's business"
+
+
+def test_the_last_bits_of_a_hand_out_say_nothing_of_a_pixel():
+    """Summed in float32, what lies near 0 would be a multiple of 2^-24 where the pixel is bright or dark."""
+    dark = noised_by_system(np.full((40, 1, 64, 64), 13, np.uint8), 0.5)
+    near_zero = dark[np.abs(dark) < 2**-6].astype(np.float64)
+    assert len(near_zero) > 100
+    assert (near_zero * 2**24 % 1 == 0).mean() < 0.1
+
+
+def test_class_names_of_a_hand_out_are_told(tmp_path, folder, capsys):
+    words = ["prepare", str(folder), "--out", str(tmp_path / "s"), "--hand-out", "--sigma-tn", "0.5"]
+    app(args=words, standalone_mode=False)
+    assert "class labels are handed out, too: a, b" in capsys.readouterr().out
+
+
+def test_stopped_by_a_signal(tmp_path, folder, monkeypatch, capsys):
+    """What is left behind is said, also where nothing is."""
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, "_write", stop)
+    for kept, said in ((False, "nothing was left behind"), (True, "run the same command again to go on")):
+        monkeypatch.setattr(preparation, "has_progress", lambda folder, kept=kept: kept)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(open_source(folder), tmp_path / "store")
+        assert said in capsys.readouterr().err and (tmp_path / ".store.preparing").exists() == kept
+
+
+def test_check_looks_at_the_noise_seed(tmp_path, folder):
+    """It has no checksum, since that would give it away: x_n says whether it is the one."""
+    store = prepare(open_source(folder), tmp_path / "store", sigma_tn=0.5, noisy="float16", noise_seed=7)
+    store.check_noise()
+    (store.path / "noise_seed").write_text(f"{8:016x}\n")
+    with pytest.raises(InputError, match="noise_seed is not the seed"):
+        Store.open(store.path).check_noise()
+    (store.path / "noise_seed").unlink()
+    with pytest.raises(InputError, match="noise_seed cannot be read"):
+        Store.open(store.path).check_noise()
+    with pytest.raises(InputError, match="noise_seed cannot be read"):
+        app(args=["prepare", "--check", str(store.path)], standalone_mode=False)
+    hand_out = prepare(open_source(folder), tmp_path / "h", sigma_tn=0.5, noisy="float16", hand_out=True)
+    hand_out.check_noise()
 
 
 @pytest.mark.parametrize(

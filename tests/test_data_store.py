@@ -447,6 +447,26 @@ def test_sharded_array_indexing(tmp_path):
             array[rows]
 
 
+def test_a_bounded_number_of_shards_is_mapped(tmp_path):
+    """The least recently read ones go, what is read stays the same, and a shard that is another one is told."""
+    rows = np.arange(20)
+    paths = [tmp_path / f"x-{i}.npy" for i in range(10)]
+    for i, path in enumerate(paths):
+        write_npy(path, (2,), np.int64, [rows[2 * i : 2 * i + 2]])
+    for most in (0, 1, 3, 10, 99):
+        array = ShardedArray(paths, (20,), np.dtype(np.int64), maps=most)
+        for index in ([0, 19, 7], [3, 3], rows[::-1], [0], [4, 5]):
+            assert np.array_equal(array[index], index)
+            assert len(array._maps) <= most
+    array = ShardedArray(paths, (20,), np.dtype(np.int64), maps=3)
+    for row in (0, 2, 4, 0, 6):  # the last but one keeps shard 0
+        array[[row]]
+    assert list(array._maps) == [2, 0, 3]
+    write_npy(paths[9], (1,), np.int64, [rows[:1]])
+    with pytest.raises(InputError, match="is another one since the store was opened"):
+        array[[19]]
+
+
 def test_real_zip(tmp_path):
     """An EDM data set zip with JPEGs, as made by its tool."""
     import io

@@ -8,6 +8,7 @@ import os
 import pickle
 import tarfile
 import threading
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,12 @@ def test_windows_of_one_size_are_mixed_differently(tmp_path):
         write_tar(tmp_path / f"{i}.tar", entries(20 * i, 20, labelled=False))
     rows = ShardStream(tmp_path, seed=1, window=1).index(torch.arange(40)) % 20
     assert not torch.equal(rows[:20], rows[20:])
+
+
+def test_one_shard_is_mixed_differently_in_each_epoch(tmp_path):
+    write_tar(tmp_path / "s-00.tar", entries(0, 20))
+    rows = ShardStream(tmp_path, seed=1, window=1).index(torch.arange(60)).view(3, 20)
+    assert len({tuple(epoch) for epoch in rows.tolist()}) == 3
 
 
 def test_order_is_pure(shards):
@@ -443,6 +450,26 @@ def test_no_index_behind_an_address(server, tmp_path):
     server.faults["shards.json"] = [404]
     with pytest.raises(InputError, match=r"answers 404 .*; http.* is streamed by a list of its shards"):
         remote(server, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "old, new, followed",
+    [
+        ("https://a/x", "https://b/x", True),
+        ("http://a/x", "https://a/x", True),
+        ("https://a/x", "http://a/x", False),
+        ("http://a/x", "file:///etc/passwd", False),
+        ("http://a/x", "ftp://a/x", False),
+    ],
+)
+def test_redirections(old, new, followed):
+    """Never to another kind of address, nor from an encrypted one to one that is not."""
+    request = urllib.request.Request(old)
+    if followed:
+        assert downloads._Redirect().redirect_request(request, None, 302, "", {}, new).full_url == new
+    else:
+        with pytest.raises(downloads._Gone, match="not followed"):
+            downloads._Redirect().redirect_request(request, None, 302, "", {}, new)
 
 
 def test_bounded_cache(server, tmp_path):

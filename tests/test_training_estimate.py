@@ -9,8 +9,9 @@ from torch import nn
 
 from fastambient import system
 from fastambient.counting import count
+from fastambient.data import dali, loaders
 from fastambient.errors import InputError
-from fastambient.training import estimate, loop
+from fastambient.training import estimate, loop, start
 from fastambient.training.config import network_config, resolve
 from fastambient.training.estimate import work_of
 from fastambient.training.run import RunFolder
@@ -82,7 +83,22 @@ def test_dry_run_says_what_it_would_cost(tmp_path, monkeypatch):
     text = describe(TrainRequest(data="digits", assignments=["training.kimg=1"]))
     assert "422,353 parameters" in text and "GiB a rank" in text and "for 1 kimg" in text
     assert "sigma_tn 0.1875: 65.4%" in text and "model_channels: 24" in text
+    assert "\nloader resident: the set takes " in text
+    monkeypatch.setattr(loaders, "available_memory", lambda: 1000)
+    monkeypatch.setattr(dali, "missing", lambda device: "DALI is not installed")
+    monkeypatch.setattr(start, "estimate_run", lambda *_, **__: estimate.Estimate(0, 0, 0, ""))
+    text = describe(TrainRequest(data="digits"))
+    assert "\nloader workers: the set takes " in text and "DALI is not installed" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_set_that_is_not_held_takes_no_memory_of_the_batch(monkeypatch):
+    counted = []
+    monkeypatch.setattr(start, "fit_micro_batch", lambda *_, data_bytes, **__: (counted.append(data_bytes), (8, ""))[1])
+    for memory in (10**9, 1000):
+        monkeypatch.setattr(loaders, "available_memory", lambda memory=memory: memory)
+        plan(TrainRequest(data="digits", fit=True))
+    assert counted == [100 * 64, 0]
 
 
 def test_the_work_of_a_step_is_counted_and_held_against_known_rates():

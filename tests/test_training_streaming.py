@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import subprocess
@@ -11,10 +12,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from conftest import train_here
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from fastambient.data import open_source, prepare
+from fastambient.data.streaming import read_journal
 from fastambient.errors import InputError
 from fastambient.evaluation.run import evaluate_run
 from fastambient.training.run import RunFolder
@@ -145,3 +148,32 @@ def test_streamed_noise_is_the_contracts(tmp_path, shards):
     found = stream.fetch(stream.index(torch.arange(100)).numpy())
     store = prepare(open_source(shards), tmp_path / "store", holdout=0)
     assert sorted(found["ids"].tolist()) == sorted(store.train.ids.tolist())
+
+
+def test_skipped_images_are_counted_once_over_all_processes(tmp_path, shards):
+    """A broken image that several processes meet is one; what a kill cut off is no error."""
+    run = RunFolder(run_of(tmp_path, broken(shards), on_bad_image="skip"))
+    for stream in (run.open_stream(), copy.deepcopy(run.open_stream())):
+        for _ in range(2):
+            stream.fetch(np.arange(50))
+    lines = run.skipped.read_text().splitlines()
+    assert [json.loads(line)[0] for line in lines] == ["digits-0000.tar: 00000.png"] * 2
+    with open(run.skipped, "a") as torn:
+        torn.write('["cut o\n')
+    assert list(read_journal(run.skipped)) == ["digits-0000.tar: 00000.png"]
+
+
+@pytest.mark.slow
+def test_a_run_says_how_many_images_it_skipped(tmp_path, shards, capsys):
+    path = run_of(tmp_path, broken(shards), on_bad_image="skip", loader="workers", workers=1)
+    train_here(path)
+    assert f"warning: 1 image(s) could not be read and were skipped: {path}" in capsys.readouterr().err
+
+
+def broken(shards):
+    """The first image of the first shard cannot be read."""
+    file = shards / "digits-0000.tar"
+    data = bytearray(file.read_bytes())
+    data[512:544] = bytes(32)
+    file.write_bytes(data)
+    return shards

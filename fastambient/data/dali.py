@@ -96,17 +96,8 @@ class DaliLoader(StreamingLoader):
     InputError : DALI is not installed or does not run here
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        share: Share,
-        *,
-        seed: int,
-        device: torch.device | str,
-        xflip: bool,
-        workers: int | None = None,
-    ) -> None:
-        super().__init__(rows, share, seed=seed, device=device, xflip=xflip)
+    def __init__(self, rows: Rows, share: Share, *, workers: int | None = None, **common: Any) -> None:
+        super().__init__(rows, share, **common)
         need_dali(self.device)
         self.names = list(rows.fetch(rows.index(torch.arange(1)).numpy()))
         self.threads = cpus(share.ranks)

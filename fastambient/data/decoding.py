@@ -223,7 +223,7 @@ def _gather(source: Source, paths: list[Path]) -> Decoded:
     return Decoded(
         images=ShardedArray(
             [p.with_suffix(".npy") for p, ids in zip(paths, parts["ids"], strict=True) if len(ids)], shape,
-            np.dtype(np.uint8), hold=False,
+            np.dtype(np.uint8), maps=0,
         ),
         ids=columns["ids"], mirrored=columns["mirrored"], labels=columns["labels"], sums=columns["sums"],
         squares=columns["squares"], hashes=columns["hashes"] if len(columns["hashes"]) else None,

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from fastambient.errors import InputError
 
-CACHE_BYTES = 64 << 30
+CACHE_GB = 64.0  # 10^9 bytes
 
 _TRIES, _PAUSE = 5, 1.0  # s before the second try; each pause is twice the one before
 _TIMEOUT = 30.0  # s without a byte

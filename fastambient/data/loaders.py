@@ -230,16 +230,17 @@ def cpus(ranks: int = 1) -> int:
     return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
 
-def choose(name: str, rows: Rows, device: torch.device, *, ranks: int = 1) -> tuple[str, str]:
+def choose(name: str, size: int | None, device: torch.device, *, ranks: int = 1) -> tuple[str, str]:
     """Which loader a setting means here: (resident, dali or workers; why, in words).
 
     auto is resident where the set takes at most half of the memory that is free on the GPU, or available on the
     machine for all of its ranks; else dali where it is installed and runs, else workers.
+
+    size : bytes of the set (`SizedRows.nbytes`); None: it is streamed
     """
     if name != "auto":
         return name, "as asked for"
-    if hasattr(rows, "nbytes"):
-        size = cast(SizedRows, rows).nbytes
+    if size is not None:
         free: int | None
         if device.type == "cuda":
             free, where = torch.cuda.mem_get_info(device)[0], "is free on the GPU"

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastambient.console import progress, say, warn
 from fastambient.data.decoding import Decoded, decode, has_progress
-from fastambient.data.handout import random_ids, shuffle, system_normal
+from fastambient.data.handout import noised_by_system, random_ids, shuffle
 from fastambient.data.items import Source
 from fastambient.data.mixed import noised
 from fastambient.data.near_duplicates import MIN_RESOLUTION, join_groups, near_duplicate_groups
@@ -116,9 +115,11 @@ def prepare(
             write_json(new / "manifest.json", manifest)
     except OSError as error:
         raise FastambientError(
-            f"the store {out} could not be written: {error.strerror or error}; "
-            + ("run the same command again to go on" if _left(out) else "nothing was left behind")
+            f"the store {out} could not be written: {error.strerror or error}; {_what_is_left(out)}"
         ) from error
+    except (KeyboardInterrupt, SystemExit):  # SIGTERM, too: cli.py
+        say(f"stopped before {out} was whole; {_what_is_left(out)}")
+        raise
     store = Store.open(out, verify=False)
     there = [len(np.unique(side.ids)) for side in (store.train, store.holdout)]
     if min(there) < MIN_SIDE and not request.hand_out:
@@ -129,8 +130,9 @@ def prepare(
     return store
 
 
-def _left(out: Path) -> bool:
-    return out.with_name(f".{out.name}.preparing").is_dir()
+def _what_is_left(out: Path) -> str:
+    left = out.with_name(f".{out.name}.preparing").is_dir()
+    return "run the same command again to go on" if left else "nothing was left behind"
 
 
 def _check(out: Path, request: Request, *, force: bool) -> None:
@@ -229,7 +231,8 @@ def _write(work: Path, new: Path, source: Source, decoded: Decoded, r: Request) 
     if r.dedup == "drop":
         manifest["counts"]["dropped"] = len(ids) - len(rows)
     if r.hand_out:  # says nothing of the pictures that are not in it, nor which file they came from
-        manifest |= {"hand_out": True, "source": "hand-out", "counts": {"images": len(rows)}}
+        manifest |= {"hand_out": True, "source": "hand-out", "counts": {"images": len(sides["train"])}}
+        manifest["sigma_data"] = max(round(sigma_data, 2), 0.01)  # all its digits would be a sum over clean pixels
         manifest["split"] = {"train": len(sides["train"]), "holdout": 0}
     return manifest
 
@@ -324,8 +327,7 @@ class _Writer:
         assert r.sigma_tn is not None
         if r.noise_seed is not None:
             return noised(images, self.decoded.ids[rows], r.sigma_tn, r.noise_seed)
-        x0 = torch.from_numpy(images).float() / 127.5 - 1
-        return (x0 + r.sigma_tn * system_normal(x0.shape)).numpy()
+        return noised_by_system(images, r.sigma_tn)
 
 
 def _shards(stem: str, rows: np.ndarray, row_bytes: int, shard_bytes: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -7,7 +7,9 @@ import io
 import itertools
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from fastambient.errors import InputError
+
+MAPS = 16_384  # shards of an array that stay mapped, 4 TiB of them; Linux allows a process 65,530 maps
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,21 @@ def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype | type, pieces
 class ShardedArray:
     """Memory-mapped .npy shards as one array: len, shape, and reading rows by a slice or by integers.
 
-    hold : whether the shards stay mapped. Pages that were read count as the process's memory while they are.
+    maps : how many shards stay mapped, those that were read last. Pages that were read count as the process's memory
+        while they are; 0 maps a shard for each read.
     """
 
-    def __init__(self, paths: list[Path], shape: tuple[int, ...], dtype: np.dtype, *, hold: bool = True) -> None:
-        self.shape, self.dtype, self._paths = shape, dtype, paths
-        self._held: list[np.memmap] | None = [] if hold else None
+    def __init__(self, paths: list[Path], shape: tuple[int, ...], dtype: np.dtype, *, maps: int = MAPS) -> None:
+        self.shape, self.dtype, self._paths, self._most = shape, dtype, paths, maps
+        self._maps: OrderedDict[int, np.memmap] = OrderedDict()
         self._ends = [0]
-        for path in paths:
+        for number, path in enumerate(paths):
             shard = _load(path, dtype)
             if shard.shape[1:] != shape[1:]:
                 raise InputError(f"{path} holds {list(shard.shape)}, which does not fit the manifest's {list(shape)}")
             self._ends.append(self._ends[-1] + len(shard))
-            if self._held is not None:
-                self._held.append(shard)
+            if number < maps:
+                self._maps[number] = shard
         if self._ends[-1] != shape[0]:
             where = paths[0].parent if paths else "the store"
             raise InputError(f"{where} holds {self._ends[-1]:,} rows where the manifest says {shape[0]:,}")
@@ -111,10 +116,12 @@ class ShardedArray:
     def _shard(self, number: int) -> np.memmap:
         """A shard whose file is whole: what a map shows beyond the end of its file is no error that can be caught, it
         ends the process."""
-        path = self._paths[number]
-        if self._held is None:
-            return _load(path, self.dtype)
-        shard = self._held[number]
+        path, shard = self._paths[number], self._maps.get(number)
+        if shard is None:
+            return self._map(number)
+        if self._most < len(self._paths):
+            with suppress(KeyError):  # another thread has let go of it
+                self._maps.move_to_end(number)
         try:
             size = os.stat(path).st_size
         except OSError as error:
@@ -126,6 +133,22 @@ class ShardedArray:
                 f"{path} was cut short since it was opened: {size:,} bytes of {shard.offset + shard.nbytes:,}; restore"
                 " it, or prepare the store again"
             )
+        return shard
+
+    def _map(self, number: int) -> np.memmap:
+        """A shard that is not mapped; of those that are, the one read longest ago goes where they would be too many."""
+        path, rows = self._paths[number], self._ends[number + 1] - self._ends[number]
+        shard = _load(path, self.dtype)
+        if shard.shape != (rows, *self.shape[1:]):
+            raise InputError(
+                f"{path} is another one since the store was opened: {list(shard.shape)} where it held {rows:,} rows;"
+                " restore it, or prepare the store again"
+            )
+        if self._most:
+            while len(self._maps) >= self._most:
+                with suppress(KeyError):
+                    self._maps.popitem(last=False)
+            self._maps[number] = shard
         return shard
 
 

@@ -143,6 +143,24 @@ class Store:
             raise InputError(f"{file} is damaged: expected 16 hex digits; restore it, or prepare a new store")
         return int(text, 16)
 
+    def check_noise(self) -> None:
+        """InputError where the noise seed is missing, or is not the one that the noised images were made with. No
+        checksum can say it: the seed is a secret."""
+        if self.hand_out:
+            return
+        seed, noisy = self.noise_seed, self.train.noisy
+        if noisy is None or self.train.images is None or self.sigma_tn is None:
+            return
+        from fastambient.data.mixed import noised  # imports this module
+
+        some = slice(0, 8)
+        again = noised(self.train.images[some], self.train.ids[some], self.sigma_tn, seed)
+        if not np.allclose(noisy[some], again, rtol=1e-3, atol=1e-3):
+            raise InputError(
+                f"{self.path / 'noise_seed'} is not the seed, or {self.sigma_tn:g} not the sigma_tn, that the noised"
+                " images of this store were made with; restore the file, or prepare a new store"
+            )
+
     def summary(self) -> str:
         """What `prepare` says of it, in one line."""
         size = f"{self.channels}x{self.resolution}x{self.resolution}"

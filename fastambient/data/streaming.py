@@ -10,14 +10,16 @@ windows, 8 bytes a sample, and the indices of their tars; a machine reads, or do
 How many images each shard holds is in `shards.json` beside the shards (shard_index.py): made for local shards by
 looking through them once, read from the same address for others. A broken picture under ``on_bad_image="skip"`` is
 replaced by the next sound one of its shard, which is a function of the shard alone; it is named once in each process
-that reads.
+that reads, and counted once over all of them in the file `journal`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastambient.data.decode import BadEntry
-from fastambient.data.downloads import CACHE_BYTES, Downloads
+from fastambient.data.downloads import CACHE_GB, Downloads
 from fastambient.data.ids import image_id
 from fastambient.data.items import ON_BAD_IMAGE, EncodedSource, Entry, file_stamp, open_binary
 from fastambient.data.order import permutation
@@ -73,7 +75,7 @@ class ShardStream(EncodedSource):
         on_bad_image: str = "error",
         index: str | None = None,
         cache: Path | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int = round(CACHE_GB * 1e9),
     ) -> None:
         if on_bad_image not in ON_BAD_IMAGE:
             raise InputError(f"--on-bad-image must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image!r}")
@@ -100,6 +102,8 @@ class ShardStream(EncodedSource):
             largest = sorted((shard.bytes for shard in self.shards), reverse=True)
             self._cache.check_room(sum(largest[: 2 * self.window]), f"two windows of {self.window} shards")
         self._forget()
+
+    journal: Path | None = None  # where every process notes a picture that it skips: a line ["name", "reason"]
 
     def __len__(self) -> int:
         return self.length
@@ -245,6 +249,17 @@ class ShardStream(EncodedSource):
                 where = entry.where.partition(": ")[0]
         raise InputError(f"none of the images of {where} can be read; replace the shard")
 
+    def _bad(self, name: str, where: str, error: BadEntry) -> None:
+        is_new = name not in self.skipped
+        super()._bad(name, where, error)
+        if is_new and self.journal is not None:
+            line = json.dumps([name, str(error)]).encode() + b"\n"
+            fd = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(fd, line)  # in one piece, so that the lines of several processes do not mix
+            finally:
+                os.close(fd)
+
     def _path(self, number: int) -> Path:
         shard = self.shards[number]
         if not self._remote:
@@ -311,6 +326,18 @@ class ShardStream(EncodedSource):
             if start < end:
                 yield number, start, end
             start, number = max(start, end), number + 1
+
+
+def read_journal(path: Path) -> dict[str, str]:
+    """name -> reason of the pictures that a stream's processes have skipped so far, each once."""
+    if not path.is_file():
+        return {}
+    found: dict[str, str] = {}
+    for line in path.read_text("utf-8", "replace").splitlines():
+        with suppress(ValueError):  # a kill may have cut off a line
+            name, reason = json.loads(line)
+            found[name] = reason
+    return found
 
 
 def _remember(memory: dict[_K, _V], key: _K, compute: Callable[[], _V], *, keep: int) -> _V:

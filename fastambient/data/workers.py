@@ -12,6 +12,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,17 +32,8 @@ class WorkersLoader(StreamingLoader):
     workers : processes; None: one for each processor that the rank has, at most 8
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        share: Share,
-        *,
-        seed: int,
-        device: torch.device | str,
-        xflip: bool,
-        workers: int | None = None,
-    ) -> None:
-        super().__init__(rows, share, seed=seed, device=device, xflip=xflip)
+    def __init__(self, rows: Rows, share: Share, *, workers: int | None = None, **common: Any) -> None:
+        super().__init__(rows, share, **common)
         self.workers = workers or min(MOST, cpus(share.ranks))
 
     def stream(self, nimg: int) -> Iterator[Fields]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastambient.data.downloads import CACHE_GB
 from fastambient.diffusion.ambient import default_sigma_tn
 from fastambient.errors import InputError, check_seed, did_you_mean
 from fastambient.models.presets import PRESETS, default_preset
@@ -42,7 +43,7 @@ class DataSettings:
     window: int = 8  # shards whose images are mixed, when streaming; another number is another order
     shard_index: str | None = None  # shards.json of the stream; None: beside the shards
     cache: str | None = None  # folder for downloaded shards; None: the user's folder for caches
-    cache_gb: float = 50.0  # how large it may become, in 10^9 bytes
+    cache_gb: float = CACHE_GB  # how large it may become, in 10^9 bytes
     loader: Literal["auto", "resident", "dali", "workers"] = "auto"  # changes no number of a run
     workers: int | None = None  # processes of a rank that read (dali, workers); None: by processors, and as it pays
 

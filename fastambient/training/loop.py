@@ -23,6 +23,7 @@ from fastambient.allocator import keep_freed_memory
 from fastambient.console import duration, program, say, warn
 from fastambient.data.loaders import ReadError, Share, choose, make_loader
 from fastambient.data.store import Store
+from fastambient.data.streaming import read_journal
 from fastambient.diffusion.ambient import share_message
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.errors import FastambientError
@@ -142,7 +143,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.network, t)
         self.sigma_loss = SigmaLoss(world.device)
         rows = self.data.rows
-        kind, reason = choose(settings.data.loader, rows, world.device, ranks=world.size)
+        kind, reason = choose(settings.data.loader, getattr(rows, "nbytes", None), world.device, ranks=world.size)
         kind = world.text_from_first(kind)  # memory that is free may differ from rank to rank
         self.loader_line = f"loader {kind}: {reason}"
         self.loader = make_loader(
@@ -404,6 +405,8 @@ def train(path: Path, world: World, *, resume: bool) -> None:
         raise ReadError(f"{error}; when that is settled, {how_to_resume(path)}") from error
     finally:
         trainer.loader.close()
+        if world.first and (skipped := read_journal(trainer.run.skipped)):
+            warn(f"{len(skipped):,} image(s) could not be read and were skipped: {trainer.run.skipped}")
 
 
 def _notes(s: Settings, data: TrainingSet) -> list[str]:

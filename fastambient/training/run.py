@@ -5,6 +5,7 @@ noise_seed          the secret of the noise contract, readable by its owner only
 store/              the prepared data set, where the run was started from a SOURCE
 store_sha256        of the manifest of the STORE that the run was started on, which lies elsewhere
 stats.jsonl         one object per optimizer step
+skipped.jsonl       [image, reason], of the images that a stream left out: a line from each process that met one
 sigma_loss.jsonl    loss per noise level, one object per checkpoint
 audits.jsonl        copying and quality while it trained, one object per audit, drawn in audits.png and audits.svg
 snapshots/          EMA weights of audits, where a rule may stop the run and go back to them
@@ -41,6 +42,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.stats = path / "stats.jsonl"
+        self.skipped = path / "skipped.jsonl"
         self.sigma_loss = path / "sigma_loss.jsonl"
         self.audits = path / "audits.jsonl"
         self.snapshots = path / "snapshots"
@@ -108,6 +110,7 @@ class RunFolder:
                 f"the shards of {self.read_settings().data.source} are not those that {self.path} was started on (their"
                 " names, sizes or numbers of images differ); put those back, or start another run"
             )
+        stream.journal = self.skipped.absolute()
         return stream
 
     def _unchanged(self, store: Store, pinned: Path) -> Store:

@@ -19,7 +19,7 @@ from fastambient import models
 from fastambient.console import say, warn
 from fastambient.data.dali import need_dali
 from fastambient.data.downloads import is_url
-from fastambient.data.loaders import ReadError
+from fastambient.data.loaders import ReadError, choose
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import Source, open_source
 from fastambient.data.store import Store, is_store
@@ -139,8 +139,9 @@ def plan(request: TrainRequest) -> Plan:
     if request.fit:
         if t.batch_gpu:
             raise InputError(f"--batch auto finds training.batch_gpu, which is set to {t.batch_gpu}; leave one out")
+        held = _data_bytes(settings, data, clean) if _loader(settings, data, clean)[0] == "resident" else 0
         micro, found = fit_micro_batch(
-            settings, channels=data.channels, num_classes=data.num_classes, data_bytes=_data_bytes(settings, data)
+            settings, channels=data.channels, num_classes=data.num_classes, data_bytes=held or 0
         )
         say(found)
         settings = settings.with_values({"training": {"batch_gpu": micro}}, where="--batch auto")
@@ -163,11 +164,19 @@ def _check_stream(settings: Settings) -> None:
         raise InputError("--loader resident: a stream cannot be held in memory; use dali or workers")
 
 
-def _data_bytes(settings: Settings, data: Source | Store) -> int:
-    """Of the training set in a rank's memory; at most, where a source is not split yet or the loader not chosen."""
-    if settings.data.loader in ("dali", "workers"):
-        return 0
-    images = len(data.train) if isinstance(data, Store) else settings.data.train or data.length
+def _loader(settings: Settings, data: Source | Store, clean: Store | None) -> tuple[str, str]:
+    """The loader that a run here would take, and why."""
+    t = settings.training
+    return choose(settings.data.loader, _data_bytes(settings, data, clean), torch.device(t.device), ranks=t.ranks)
+
+
+def _data_bytes(settings: Settings, data: Source | Store, clean: Store | None) -> int | None:
+    """Of the training set in a rank's memory, at most, where a source is not split yet; None where it is streamed."""
+    if settings.data.stream:
+        return None
+    if isinstance(data, Store):
+        return store_set(settings, data, clean, noise_seed=0).rows.nbytes  # type: ignore[attr-defined]
+    images = settings.data.train or data.default_train or data.length
     noisy = {"none": 0, "float16": 2, "float32": 4}[settings.data.noisy if settings.noise.mode == "fixed" else "none"]
     return images * data.channels * data.resolution**2 * (1 + noisy)
 
@@ -389,4 +398,5 @@ def describe(request: TrainRequest) -> str:
         s.noise.sigma_tn or 0.0, resolution=planned.data.resolution, P_mean=s.noise.P_mean, P_std=s.noise.P_std,
         weighting=s.noise.weighting, regime=s.noise.regime,
     )  # fmt: skip
-    return "\n".join(filter(None, (tree, "", message, warning and f"warning: {warning}", estimate.text)))
+    loader = "loader {}: {}".format(*_loader(s, planned.data, planned.clean))
+    return "\n".join(filter(None, (tree, "", message, loader, warning and f"warning: {warning}", estimate.text)))
