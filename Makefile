@@ -24,7 +24,7 @@ MINUTES ?= 8
 SOURCES := $(wildcard kernels/csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: install quickstart test test-slow test-gpu lint format bench-kernels bench-step \
-        bench-sampling bench-data loss-curve gpu-suite tables reproduce-digits clean
+        bench-sampling bench-data loss-curve gpu-suite tables reproduce-digits reproduce clean
 
 install: $(STAMP)
 
@@ -92,6 +92,12 @@ format: $(TEST_STAMP)
 # The table of docs/reproduce-digits.md: three seeds of EDM and of the ambient model, under 30 minutes on 2 cores.
 reproduce-digits: $(STAMP)
 	$(BIN)/python benchmarks/reproduce_digits.py --out runs/reproduce-digits --table docs/reproduce-digits.md
+
+# docs/results.md: every baseline and three seeds; hours on 2 cores, resumable. SOURCE=pictures adds 16x16 and 32x32.
+SOURCE ?=
+PART   ?= digits,pictures,figures
+reproduce: $(STAMP)
+	$(BIN)/python benchmarks/reproduce.py --part $(PART) $(if $(SOURCE),--source $(SOURCE)) --table docs/results.md
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

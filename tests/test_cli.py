@@ -231,7 +231,7 @@ def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
     assert code == 0 and read_stats(tmp_path / "again") == read_stats(tmp_path / "run")
 
 
-def wait_for_lines(path, lines, seconds=60):
+def wait_for_lines(path, lines, seconds=300):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if path.exists() and path.read_text().count("\n") >= lines:
