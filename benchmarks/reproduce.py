@@ -1,6 +1,6 @@
 """Quality against copying over sigma_tn, with every baseline and three seeds: the measured part of docs/results.md.
 
-    python benchmarks/reproduce.py --out runs/reproduce --source ../shared/data/cifar10-train.zip --table docs/results.md
+    python benchmarks/reproduce.py --out runs/reproduce --source pictures.zip --table docs/results.md
 
 Parts, each also alone (--part): digits (8x8, 100 and 300 training images), pictures (--source at 16x16 and 32x32, 300
 training images), figures (denoised images over noise levels: much data, little data by EDM, little data ambient).
