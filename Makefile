@@ -45,15 +45,18 @@ $(TEST_STAMP): $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/fastambient quickstart --out $(OUT)
 
+# Tests use one thread each, so two processes take half the time on 2 cores; a file's tests stay in one.
+PARALLEL := -n 2 --dist loadfile
+
 # Triton's interpreter must be chosen before triton is imported, so its tests have a process of their own.
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
-	$(if $(wildcard tests/test_triton_*.py),TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(wildcard tests/test_triton_*.py))
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(wildcard tests/test_triton_*.py)
 
 # Then all but the operators' own tests again, on the plain torch operators: `make test` took the fast ones.
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
-	FASTAMBIENT_IMPL=reference $(BIN)/python -m pytest -m "not slow and not gpu" \
+	FASTAMBIENT_IMPL=reference $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" \
 	  $(filter-out tests/test_kernels_% tests/test_triton_% tests/test_packaging.py,$(wildcard tests/test_*.py))
 
 test-gpu: $(TEST_STAMP)

@@ -244,6 +244,7 @@ def spawn(*arguments, cwd):
     return subprocess.Popen(
         [sys.executable, "-m", "fastambient", *map(str, arguments)], cwd=cwd, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     )  # fmt: skip
 
 
