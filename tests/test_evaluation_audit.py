@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from planted import KINDS, generate, textures
+from planted import KINDS, generate, photographs, textures
 
 from fastambient import cli
 from fastambient.data.preparation import prepare
@@ -22,7 +22,6 @@ from fastambient.evaluation.features import default_cache
 from fastambient.pictures import grid, save_png
 
 EACH = 20
-CIFAR = Path("/work/shared/data/cifar10-train.zip")
 
 
 def _hits(score) -> np.ndarray:
@@ -77,12 +76,10 @@ def _clean_fld(train: np.ndarray, holdout: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CIFAR.is_file(), reason="needs CIFAR-10")
 def test_planted_copies_of_photographs_in_a_networks_features():
-    source = open_source(str(CIFAR))
-    images = np.stack([item.image for item in source.read(0, 320)])
-    train, holdout = images[:150], images[150:300]
-    samples, rows = generate(train, images[300:], EACH)
+    images, each = photographs(), 5
+    train, holdout = images[:45], images[45:90]
+    samples, rows = generate(train, images[90:], each)
     found = evaluate(samples, train, holdout, embedder=load_embedder(), cache=default_cache(), settings={})
     gap, alike = (_hits(score) for score in found.scores)
     for kind in ("exact", "noise 0.01", "noise 0.05"):
@@ -95,8 +92,9 @@ def test_planted_copies_of_photographs_in_a_networks_features():
     # A network sees a flip or a shift as the same picture sooner than pixels do, and noise as another one.
     assert median["noise 0.01"] > median["noise 0.05"] > median["fresh"]
     assert min(median["flip"], median["shift"]) > median["fresh"]
-    assert not any(_control_hits(score).any() for score in found.scores)
-    assert found.metrics["similarity"]["excess_0.95"] >= EACH / len(samples)
+    control = [_control_hits(score).mean() for score in found.scores]
+    assert control[0] == 0 and control[1] < 0.1, "tiles of one photograph can be alike, but none is a copy of another"
+    assert found.metrics["similarity"]["excess_0.95"] >= each / len(samples)
     q = found.metrics["quality"][0]
     assert any("fewer samples and reference images than dimensions" in name for name in q["figures"])
 
