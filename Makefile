@@ -100,7 +100,8 @@ reproduce-digits: $(STAMP)
 SOURCE ?=
 PART   ?= digits,pictures,figures
 reproduce: $(STAMP)
-	$(BIN)/python benchmarks/reproduce.py --part $(PART) $(if $(SOURCE),--source $(SOURCE)) --table docs/results.md
+	$(BIN)/python benchmarks/reproduce.py --part $(PART) $(if $(SOURCE),--source $(SOURCE)) \
+	  --table docs/results.md --rows benchmarks/results
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

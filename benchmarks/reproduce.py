@@ -102,7 +102,10 @@ def differences(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 better += [key] * (interval[1] < 0)
                 worse += [key] * (interval[0] > 0)
             row["clear"] = bool(better) and not worse
-            if better and worse:
+            alone = len(both) < 2  # no interval: nothing can be claimed
+            if alone:
+                row["found"] = "one seed: no claim"
+            elif better and worse:
                 row["found"] = "a trade"
             else:
                 row["found"] = "better" if better else "worse" if worse else "no clear difference"
@@ -151,10 +154,19 @@ def section(name: str, folder: Path) -> list[str]:
         "",
         f"Better than EDM and than early stopping, clear of the noise between seeds, at sigma_tn {', '.join(both)}."
         if both
+        else "One seed: nothing is claimed."
+        if all(r["seeds"] < 2 for r in rows)
         else "At no sigma_tn is the gain over EDM and over early stopping clear of the noise between seeds here.",
         "",
     ]
     return lines
+
+
+def result_rows(folder: Path) -> dict[str, Any]:
+    """A sweep in the form of the other benchmarks' files; a row a run."""
+    machine, summary = (json.loads((folder / name).read_text()) for name in ("machine.json", "sweep.json"))
+    return {"device": machine["machine"], "date": machine["date"], "settings": summary["settings"],
+            "chosen": summary["chosen"], "rows": summary["cells"]}  # fmt: skip
 
 
 def document(out: Path) -> str:
@@ -211,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--source", help="pictures for the second part: a folder, an EDM zip, or any other SOURCE")
     add("--table", type=Path, help="Markdown file to write, docs/results.md (default: print only)")
+    add("--rows", type=Path, help="folder that gets each sweep's numbers as sweep-NAME.json, benchmarks/results")
     add("--kimg", type=float, help="length of every run (default: each part's own)")
     add("--seeds", type=int, default=len(SEEDS), help="number of seeds (default 3)")
     add("--noise-seed", type=int, default=1000, help="of the first cell's fixed noise, the others count on")
@@ -237,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
             write_json(machine, {"machine": words, "date": str(date.today())})
         if not name.endswith("-many"):
             names.append(name)
+        if arguments.rows:
+            write_json(arguments.rows / f"sweep-{name}.json", result_rows(arguments.out / name))
     if "figures" in arguments.part:
         draw_figures(arguments.out, names)
     text = document(arguments.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,18 +15,9 @@ from fastambient.evaluation.report import write_report
 from fastambient.evaluation.run import evaluate_run, print_table
 from fastambient.files import refuse_existing
 from fastambient.processes import die_with_parent
+from fastambient.training.run import RunFolder
 
 MODELS = (("edm", 0.0), ("ambient", 0.2))
-
-
-def _images_seen(run: Path) -> int:
-    """nimg of the last step that a run has logged."""
-    try:
-        with open(run / "stats.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            return int(json.loads(file.read().rsplit(b"\n", 2)[-2])["nimg"])
-    except (OSError, IndexError, ValueError, KeyError):
-        return 0  # not started, or a line that is being written
 
 
 def train_side_by_side(runs: list[tuple[Path, list[str]]], *, nimg: int) -> None:
@@ -56,7 +46,7 @@ def train_side_by_side(runs: list[tuple[Path, list[str]]], *, nimg: int) -> None
         with progress("training both", nimg * len(runs)) as advance:
             seen = 0
             while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
-                now = sum(_images_seen(path) for path, _ in runs)
+                now = sum(RunFolder(path).images_seen() for path, _ in runs)
                 advance(now - seen)
                 seen = now
                 time.sleep(0.5)

@@ -32,7 +32,6 @@ from fastambient.data.store import Store, is_store
 from fastambient.errors import FastambientError, InputError, did_you_mean
 from fastambient.files import refuse_existing, write_bytes, write_json
 from fastambient.processes import die_with_parent
-from fastambient.quickstart import _images_seen as images_seen
 from fastambient.sweep_cell import MEASURED, SAMPLES, marker
 from fastambient.sweep_results import WITHIN, cell_line, result_of_cell, summarize, table
 from fastambient.training.config import Settings, check_sigma_tn
@@ -298,7 +297,7 @@ def _run_all(request: SweepRequest, todo: list[Cell], out: Path) -> None:
     threads = max(1, cores // parallel)
     images = {c.name: round(RunFolder(out / c.name).read_settings().training.kimg * 1000) for c in todo}
     waiting, jobs, count, total = list(todo), {}, 0, len(todo)  # type: ignore[var-annotated]
-    seen = {c.name: images_seen(out / c.name) for c in todo}
+    seen = {c.name: RunFolder(out / c.name).images_seen() for c in todo}
     try:
         with progress("sweep", sum(images.values()) - sum(seen.values())) as advance:
             while waiting or jobs:
@@ -310,7 +309,7 @@ def _run_all(request: SweepRequest, todo: list[Cell], out: Path) -> None:
                 for cell, job in list(jobs.items()):
                     ended = job.done()
                     # A run that the rule stopped counts as whole: the time left is that of the others.
-                    now = images[cell.name] if ended else min(images_seen(job.path), images[cell.name])
+                    now = images[cell.name] if ended else min(RunFolder(job.path).images_seen(), images[cell.name])
                     advance(max(now - seen[cell.name], 0))
                     seen[cell.name] = max(now, seen[cell.name])
                     if ended:

@@ -43,6 +43,7 @@ def test_what_is_clear_of_the_noise(tmp_path):
     }  # fmt: skip
     summary["cells"] = [c for c in summary["cells"] if c["seed"] == 0]
     assert not any(r["clear"] for r in reproduce.differences(summary)), "one seed shows nothing"
+    assert {r["found"] for r in reproduce.differences(summary)} == {"one seed: no claim"}
 
 
 def test_the_document_holds_what_was_measured_and_nothing_else(tmp_path):
@@ -96,8 +97,9 @@ def test_a_rehearsal(tmp_path, here, monkeypatch, capsys):  # noqa: F811
     drawn = []
     monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **k: drawn.append(command) or type("D", (), {"returncode": 0}))  # fmt: skip
     command = ["--tiny", "--out", str(tmp_path / "out"), "--source", str(tmp_path / "x.npy"), "--seeds", "1",
-               "--table", str(tmp_path / "results.md"), "--gpus", "0"]  # fmt: skip
+               "--table", str(tmp_path / "results.md"), "--rows", str(tmp_path), "--gpus", "0"]  # fmt: skip
     reproduce.main(command)
+    assert {"device", "date", "rows"} <= set(json.loads((tmp_path / "sweep-digits-100.json").read_text()))
     text = (tmp_path / "results.md").read_text()
     assert "## digits-100" in text and "## pictures-16" in text and text.count("\n| early stop |") == 2
     assert [Path(c[-1]).name for c in drawn] == ["denoised-digits-100.png", "denoised-pictures-16.png"]

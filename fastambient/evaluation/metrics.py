@@ -98,9 +98,7 @@ def evaluate(
     train_distinct, holdout_distinct = check_sets(train, holdout, flips=flips)
 
     count = min(len(train_distinct), len(holdout_distinct))
-    generator = np.random.default_rng(seed)
-    chosen = None if holdout is None else _choose(holdout_distinct, count, generator)
-    some = None if holdout is None or count == len(train_distinct) else _choose(train_distinct, count, generator)
+    chosen, some = (None, None) if holdout is None else equal_counts(train_distinct, holdout_distinct, seed=seed)
     near = _nearest(samples, train, holdout, chosen, some, len(train_distinct), flips)
     scores = [_gap_ratio(*near[:2], threshold)]
     reference = f"holdout ({len(holdout)} images)" if holdout is not None else None
@@ -259,9 +257,17 @@ def check_sets(train: np.ndarray, holdout: np.ndarray | None, *, flips: bool = F
     return positions[0], positions[1]
 
 
-def _choose(positions: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """`count` of the positions by chance, in their order: a set sorted by class must not give one class."""
-    return np.sort(generator.choice(positions, count, replace=False))
+def equal_counts(
+    train_distinct: np.ndarray, holdout_distinct: np.ndarray, *, seed: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Positions of equally many images of each side, chosen by `seed`: (of the held-out ones, of the training images or
+    None where those are all). Ascending: a set sorted by class must not give one class."""
+    count = min(len(train_distinct), len(holdout_distinct))
+    generator = np.random.default_rng(seed)
+    control = np.sort(generator.choice(holdout_distinct, count, replace=False))
+    if count == len(train_distinct):
+        return control, None
+    return control, np.sort(generator.choice(train_distinct, count, replace=False))
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

@@ -87,19 +87,13 @@ class AuditSets:
         ------
         InputError : fewer than two distinct images on a side, or a held-out image that trains
         """
-        from fastambient.evaluation.metrics import check_sets
+        from fastambient.evaluation.metrics import check_sets, equal_counts
 
-        distinct, held = check_sets(train, holdout, flips=flips)
-        count = min(len(distinct), len(held))
-        generator = np.random.default_rng(seed)
-        control = np.sort(generator.choice(held, count, replace=False))
-        some = train
-        if count < len(distinct):
-            some = train[np.sort(generator.choice(distinct, count, replace=False))]
+        control, some = equal_counts(*check_sets(train, holdout, flips=flips), seed=seed)
         reference, most = holdout, max(2, _MOST_NUMBERS // holdout[0].size)
         if most < len(holdout):
-            reference = holdout[np.sort(generator.choice(len(holdout), most, replace=False))]
-        return cls(train, some, holdout[control], reference)
+            reference = holdout[np.sort(np.random.default_rng(seed).choice(len(holdout), most, replace=False))]
+        return cls(train, train if some is None else train[some], holdout[control], reference)
 
 
 def measure(

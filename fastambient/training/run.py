@@ -150,6 +150,15 @@ class RunFolder:
     def read_stats(self) -> list[dict[str, Any]]:
         return _read_lines(self.stats)
 
+    def images_seen(self) -> int:
+        """nimg of the last step that is logged; 0 for a run that has not begun."""
+        try:
+            with open(self.stats, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                return int(json.loads(file.read().rsplit(b"\n", 2)[-2])["nimg"])
+        except (OSError, IndexError, ValueError, KeyError):
+            return 0  # not started, or a line that is being written
+
     def read_sigma_loss(self) -> list[dict[str, Any]]:
         return _read_lines(self.sigma_loss)
 
