@@ -109,7 +109,7 @@ def test_without_torch_the_wheel_is_pure_and_needs_no_network(tree, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not any(name.endswith(".so") for name in contents(wheel))
-    assert {"fastambient/cli.py", "fastambient_kernels/aot_report.json"} <= contents(wheel)
+    assert {"fastambient/cli/__init__.py", "fastambient_kernels/aot_report.json"} <= contents(wheel)
     (line,) = announcements(done.stderr)
     assert "torch is not installed in the build environment" in line or sys.platform != "linux"
 

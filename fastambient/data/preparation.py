@@ -117,7 +117,7 @@ def prepare(
         raise FastambientError(
             f"the store {out} could not be written: {error.strerror or error}; {_what_is_left(out)}"
         ) from error
-    except (KeyboardInterrupt, SystemExit):  # SIGTERM, too: cli.py
+    except (KeyboardInterrupt, SystemExit):  # SIGTERM, too: fastambient.cli
         say(f"stopped before {out} was whole; {_what_is_left(out)}")
         raise
     store = Store.open(out, verify=False)
