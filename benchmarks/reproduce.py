@@ -36,6 +36,7 @@ PICTURES = {16: 100.0, 32: 100.0}  # resolution: kimg
 PICTURES_TRAIN, PICTURES_HOLDOUT = 300, 1000
 SCALES = (0.0, 0.5, 1.0, 2.0)  # of 1.5*R/64
 MANY = {"digits": 1500, "pictures": 10_000}  # training images of the figures' first row
+READING = ("<!-- reading: begin -->", "<!-- reading: end -->")
 TINY = ["model.model_channels=8", "model.channel_mult=[1,2]", "model.attn_resolutions=[4]", "model.num_blocks=1",
         "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]  # fmt: skip
 
@@ -137,6 +138,8 @@ def section(name: str, folder: Path) -> list[str]:
         "",
         table(summary).rstrip(),
         "",
+        f"![Frechet distance against copies, {name}](pareto-{name}.svg)",
+        "",
         "Ambient less the baseline, seed by seed (below 0 is better), with 95 % intervals:",
         "",
         "| sigma_tn | against | seeds | copies less the control, in points | FD | |",
@@ -169,8 +172,17 @@ def result_rows(folder: Path) -> dict[str, Any]:
             "chosen": summary["chosen"], "rows": summary["cells"]}  # fmt: skip
 
 
-def document(out: Path) -> str:
-    """docs/results.md from every sweep in `out`."""
+def sweeps(out: Path) -> list[str]:
+    """Names of the finished ones in `out`, without those of the figures."""
+    finished = (p.parent.name for p in sorted(out.glob("*/machine.json")))
+    return [name for name in finished if not name.endswith("-many")]
+
+
+def document(out: Path, there_already: str = "") -> str:
+    """docs/results.md from every sweep in `out`. What stands between the marks of `there_already`, the page as it was,
+    is people's reading of the numbers and is kept."""
+    _, found, rest = there_already.partition(READING[0])
+    reading = rest.partition(READING[1])[0].strip() if found else ""
     lines = [
         "# Results: quality against copying",
         "",
@@ -178,10 +190,14 @@ def document(out: Path) -> str:
         " copies by gap ratio d1/d2 < 1/3 in pixel space, the control searches equally many held-out images; baselines:"
         " EDM, fresh noise, weight decay, early stopping.",
         "",
+        READING[0],
+        *([reading] if reading else []),
+        READING[1],
+        "",
     ]
-    there = [p for p in sorted(out.iterdir()) if (p / "machine.json").is_file() and not p.name.endswith("-many")]
-    for folder in there:
-        lines += section(folder.name, folder)
+    there = sweeps(out)
+    for name in there:
+        lines += section(name, out / name)
     if not there:
         lines += ["Nothing is measured yet.", ""]
     lines += [
@@ -236,8 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     if "pictures" in arguments.part and not arguments.source:
         warn("--source names no pictures: the part on pictures is left out")
     if arguments.part == ["figures"]:  # of whatever there is
-        draw_figures(arguments.out, [p.name for p in sorted(arguments.out.glob("*")) if (p / "machine.json").is_file()
-                                     and not p.name.endswith("-many")])  # fmt: skip
+        draw_figures(arguments.out, sweeps(arguments.out))
         return
     names = []
     for name, request in requests(arguments).items():
@@ -254,10 +269,13 @@ def main(argv: list[str] | None = None) -> None:
             write_json(arguments.rows / f"sweep-{name}.json", result_rows(arguments.out / name))
     if "figures" in arguments.part:
         draw_figures(arguments.out, names)
-    text = document(arguments.out)
+    page = arguments.table
+    text = document(arguments.out, page.read_text() if page and page.is_file() else "")
     print(text)
-    if arguments.table:
-        write_bytes(arguments.table, text.encode())
+    if page:
+        write_bytes(page, text.encode())
+        for name in sweeps(arguments.out):
+            write_bytes(page.parent / f"pareto-{name}.svg", (arguments.out / name / "pareto.svg").read_bytes())
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ def test_the_document_holds_what_was_measured_and_nothing_else(tmp_path):
     assert first.startswith("digits-100\n") and second.startswith("pictures-16\n") and "digits-300" not in text
     assert "clear of the noise between seeds, at sigma_tn 0.2." in first
     assert "At no sigma_tn is the gain over EDM and over early stopping clear" in second
+    begin, end = reproduce.READING
+    assert f"{begin}\n{end}\n" in text
+    read = text.replace(end, f"What they show.\n\nMore.\n{end}").replace("a machine", "another")
+    again = reproduce.document(tmp_path, read)
+    assert again == text.replace(end, f"What they show.\n\nMore.\n{end}"), "people's reading is kept, no number is"
+    assert reproduce.document(tmp_path, again) == again
     assert "a machine, measured 2026-11-24" in first and "64 kimg a run" in first and "seeds [0, 1, 2]" in first
     assert "| 0.2 | EDM | 3 | -50.0 (-50.0 to -50.0) | +0 (+0 to +0) | better |" in first.replace("-0 ", "+0 ")
 
@@ -102,6 +108,8 @@ def test_a_rehearsal(tmp_path, here, monkeypatch, capsys):  # noqa: F811
     assert {"device", "date", "rows"} <= set(json.loads((tmp_path / "sweep-digits-100.json").read_text()))
     text = (tmp_path / "results.md").read_text()
     assert "## digits-100" in text and "## pictures-16" in text and text.count("\n| early stop |") == 2
+    drawing = (tmp_path / "out" / "digits-100" / "pareto.svg").read_bytes()
+    assert (tmp_path / "pareto-digits-100.svg").read_bytes() == drawing and "(pareto-pictures-16.svg)" in text
     assert [Path(c[-1]).name for c in drawn] == ["denoised-digits-100.png", "denoised-pictures-16.png"]
     assert all(c[3:5] == ["figure", "denoised"] and len(c) == 10 and Path(c[5]).is_dir() for c in drawn)
     ran = len(here_ran())
