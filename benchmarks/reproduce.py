@@ -2,8 +2,8 @@
 
     python benchmarks/reproduce.py --out runs/reproduce --source pictures.zip --table docs/results.md
 
-Parts, each also alone (--part): digits (8x8, 100 and 300 training images), pictures (--source at 16x16 and 32x32, 300
-training images), figures (denoised images over noise levels: much data, little data by EDM, little data ambient).
+Parts, each also alone (--part): digits (8x8, 100 and 300 training images: digits-100, digits-300), pictures (--source
+at 16x16 and 32x32, 300 training images: pictures-16, pictures-32), figures (denoised images over noise levels: much data, little data by EDM, little data ambient).
 Everything is resumable: the same command goes on, finished cells are kept. Hours on 2 cores, minutes on a GPU.
 The document is made of what is on disk alone, so a part that was not measured is not in it.
 """
@@ -27,7 +27,6 @@ from fastambient.files import write_bytes, write_json
 from fastambient.sweep import BASELINES, SweepRequest, sweep
 from fastambient.sweep_results import KINDS, over_seeds, table
 
-PARTS = ("digits", "pictures", "figures")
 SEEDS = (0, 1, 2)
 NUM = 1000
 DIGITS = {100: 64.0, 300: 192.0}  # training images: kimg, as many epochs each
@@ -36,6 +35,7 @@ PICTURES = {16: 100.0, 32: 100.0}  # resolution: kimg
 PICTURES_TRAIN, PICTURES_HOLDOUT = 300, 1000
 SCALES = (0.0, 0.5, 1.0, 2.0)  # of 1.5*R/64
 MANY = {"digits": 1500, "pictures": 10_000}  # training images of the figures' first row
+PARTS = ("digits", *(f"digits-{n}" for n in DIGITS), "pictures", *(f"pictures-{n}" for n in PICTURES), "figures")
 READING = ("<!-- reading: begin -->", "<!-- reading: end -->")
 TINY = ["model.model_channels=8", "model.channel_mult=[1,2]", "model.attn_resolutions=[4]", "model.num_blocks=1",
         "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]  # fmt: skip
@@ -52,6 +52,8 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
     found: dict[str, SweepRequest] = {}
 
     def add(name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: str) -> None:
+        if not {name, name.partition("-")[0]} & set(a.part):
+            return
         kimg = a.kimg or (0.016 if a.tiny else kimg)
         sigma_tn = (0.0, sigma_tn[2]) if a.tiny else sigma_tn
         set_here = [*own, *assignments]
@@ -63,10 +65,9 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
             much = {"seeds": (0,), "sigma_tn": (0.0,)}
             found[f"{name}-many"] = SweepRequest(data=data, kimg=kimg, assignments=other, **(common | much))
 
-    if "digits" in a.part:
-        for images, kimg in list(DIGITS.items())[: 1 if a.tiny else None]:
-            add(f"digits-{images}", "digits", DIGITS_SIGMA_TN, kimg, f"data.train={images}", many=str(MANY["digits"]))
-    if "pictures" in a.part and a.source:
+    for images, kimg in list(DIGITS.items())[: 1 if a.tiny else None]:
+        add(f"digits-{images}", "digits", DIGITS_SIGMA_TN, kimg, f"data.train={images}", many=str(MANY["digits"]))
+    if a.source:
         for pixels, kimg in list(PICTURES.items())[: 1 if a.tiny else None]:
             train, holdout, many = (20, 10, 30) if a.tiny else (PICTURES_TRAIN, PICTURES_HOLDOUT, MANY["pictures"])
             levels = tuple(scale * default_sigma_tn(pixels) for scale in SCALES)
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         "--part",
         type=lambda text: text.split(","),
         default=list(PARTS),
-        help="of digits,pictures,figures (default all)",
+        help=f"of {','.join(PARTS)} (default all)",
     )
     add("--source", help="pictures for the second part: a folder, an EDM zip, or any other SOURCE")
     add("--table", type=Path, help="Markdown file to write, docs/results.md (default: print only)")
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if wrong := sorted(set(arguments.part) - set(PARTS)):
         parser.error(f"--part {','.join(wrong)}: not one of {', '.join(PARTS)}")
-    if "pictures" in arguments.part and not arguments.source:
+    if not arguments.source and any(part.startswith("pictures") for part in arguments.part):
         warn("--source names no pictures: the part on pictures is left out")
     if arguments.part == ["figures"]:  # of whatever there is
         draw_figures(arguments.out, sweeps(arguments.out))

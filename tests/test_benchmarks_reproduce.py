@@ -93,6 +93,11 @@ def test_the_sweeps_of_each_part():
     assert found["pictures-16"].sigma_tn == (0, 0.1875, 0.375, 0.75) and found["pictures-32"].sigma_tn[2] == 0.75
     assert "data.train=300" in found["pictures-32"].assignments
     assert "data.train=10000" in found["pictures-32-many"].assignments and len(cells(found["pictures-32-many"])) == 1
+    assert list(reproduce.requests(arguments("--part", "digits-300", "--source", "x.zip", "--gpus", "0"))) == [
+        "digits-300"
+    ]
+    found = reproduce.requests(arguments("--part", "pictures-16,figures", "--source", "x.zip", "--gpus", "0"))
+    assert list(found) == ["pictures-16", "pictures-16-many"]
     with pytest.raises(SystemExit):
         reproduce.main(["--part", "digit"])
 
