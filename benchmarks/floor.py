@@ -1,7 +1,8 @@
 """The floor of a network's step: what its convolutions and matrix products alone take in this run, and the bytes.
 
 Every convolution, matrix product and attention of one forward pass is recorded with its shapes, and each distinct one
-is timed by itself, forward and backward, at the rate that this machine has today. To that come the bytes that no
+is timed by itself, forward and backward, at the rate that this machine has today; a convolution by torch and by
+`fastambient_kernels.conv2d`, of which the faster counts. To that come the bytes that no
 arrangement avoids: the input of each group norm written and read once forward and once backward, and 36 bytes a
 parameter for the optimizer, at the copy rate of the run.
 """
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastambient.models.layers import GroupNorm
+from fastambient_kernels import conv2d
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,10 @@ def measure(
         network(x, c_noise)
     for hook in hooks:
         hook.remove()
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.fastambient.conv_weight_native: _weight_gradient_flops}
+    )
+    with counter, torch.set_grad_enabled(train):
         with autocast:
             out = network(x, c_noise)
         if train:
@@ -106,16 +111,26 @@ def measure(
     return Floor(float(counter.get_total_flops()), products, moved / rate)
 
 
+def _weight_gradient_flops(x: Any, dy: Any, kernel: int, *_: Any, **__: Any) -> int:
+    n, channels, height, width = x
+    return 2 * n * height * width * channels * int(dy[1]) * kernel**2
+
+
 def _seconds(call: _Call, device: torch.device, dtype: torch.dtype, train: bool, rounds: int) -> float:
     tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in call.shapes]
     if call.kind == "conv2d":
         tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
         stride, padding = call.options
-        run = lambda x, w: F.conv2d(x, w, stride=stride, padding=padding)  # noqa: E731
-    elif call.kind == "linear":
-        run = F.linear
-    else:
-        run = F.scaled_dot_product_attention
+        torchs = _time(call, lambda x, w: F.conv2d(x, w, stride=stride, padding=padding), tensors, train, rounds)
+        if stride != 1 or padding != call.shapes[1][-1] // 2:
+            return torchs
+        return min(torchs, _time(call, conv2d, tensors, train, rounds))
+    return _time(call, F.linear if call.kind == "linear" else F.scaled_dot_product_attention, tensors, train, rounds)
+
+
+def _time(call: _Call, run: Callable[..., Tensor], tensors: list[Tensor], train: bool, rounds: int) -> float:
+    device = tensors[0].device
+    tensors = [t.detach() for t in tensors]
     wanted = [t.requires_grad_() for i, t in enumerate(tensors) if train and (i > 0 or call.input_grad)]
     with torch.set_grad_enabled(train):
         dy = torch.randn_like(run(*tensors))

@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 _TOP = 10
-_CONVOLUTION = re.compile(r"conv(ol|[123]d|_depthwise)|fprop|dgrad|wgrad", re.IGNORECASE)
+_CONVOLUTION = re.compile(r"conv(ol|[123]d|_depthwise|_weight)|fprop|dgrad|wgrad", re.IGNORECASE)
 
 
 def operator_times(step: Callable[[], object], device: torch.device, *, steps: int = 3) -> dict[str, tuple[float, int]]:

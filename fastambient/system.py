@@ -16,14 +16,15 @@ from fastambient_kernels import _native, _registration
 
 _PACKAGES = ("fastambient", "torch", "triton", "numpy", "safetensors", "pillow", "scikit-learn", "scipy",
              "nvidia-dali-cuda130", "nvidia-dali-cuda120")  # fmt: skip
-# Operator -> module of its Triton kernels.
-_OPERATORS = {
+# Operator -> module of its Triton kernels, None where there is none.
+_OPERATORS: dict[str, str | None] = {
     "ambient_noise": "ambient_triton",
     "ambient_loss": "ambient_triton",
     "group_norm_silu": "group_norm_silu_triton",
     "adam_ema": "adam_ema_triton",
     "dropout": "random_triton",
     "random_words": "random_triton",
+    "conv2d": None,
 }
 _HERE = "available"
 
@@ -76,7 +77,8 @@ def _auto(fast: dict[str, str]) -> str:
 
 
 def _triton_missing(operator: str, device: str) -> str | None:
-    if importlib.util.find_spec(f"fastambient_kernels.{_OPERATORS[operator]}") is None:
+    module = _OPERATORS[operator]
+    if module is not None and importlib.util.find_spec(f"fastambient_kernels.{module}") is None:
         return f"there is no Triton kernel of {operator}"
     return _registration.unavailable(operator, "triton", torch.device(device))
 

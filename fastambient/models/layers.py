@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastambient.errors import InputError
-from fastambient_kernels import dropout, group_norm_silu
+from fastambient_kernels import conv2d, dropout, group_norm_silu
 from fastambient_kernels.dropout import MAX_LAYERS, keep_mask
 
 DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `fastambient_kernels.dropout`
@@ -96,14 +96,14 @@ class Conv2d(nn.Module):
         pad = self.kernel // 2
         if self.resample == "up":
             if self.kernel == 1:  # a 1x1 kernel commutes with the filter: a quarter of the arithmetic before it
-                return self._up(F.conv2d(x, self.weight)) + self.bias[:, None, None]
+                return self._up(conv2d(x, self.weight)) + self.bias[:, None, None]
             x = self._up(x)
         elif self.resample == "down_fused":
             # Filter and convolution commute on the zero-extended picture; in this order the convolution has stride 2.
             return F.conv2d(self._filter(x, stride=1, pad=self.filter_pad + pad), self.weight, self.bias, stride=2)
         elif self.resample == "down":
             x = self._filter(x, stride=2, pad=self.filter_pad)
-        return F.conv2d(x, self.weight, self.bias, padding=pad) if self.kernel else x
+        return conv2d(x, self.weight, self.bias) if self.kernel else x
 
     def _filter(self, x: Tensor, *, stride: int, pad: int) -> Tensor:
         if self.box:

@@ -49,10 +49,11 @@ def load(kind: str) -> str | None:
 
 # At import, so that asking costs nothing and torch.compile can look through it.
 _REASON = load("cpu")
+_FUNCTIONS = {"conv2d": "conv_weight"}  # of torch.ops.fastambient_native, where not named as the operator is
 OPERATORS = frozenset(
     name
-    for name in ("ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema", "dropout", "random_words")
-    if _REASON is None and hasattr(torch.ops.fastambient_native, name)
+    for name in ("ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema", "dropout", "random_words", "conv2d")
+    if _REASON is None and hasattr(torch.ops.fastambient_native, _FUNCTIONS.get(name, name))
 )
 
 

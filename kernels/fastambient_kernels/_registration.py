@@ -66,6 +66,8 @@ def unavailable(operator: str, impl: str, device: torch.device, dtype: torch.dty
     if dtype is not None and dtype not in _FAST_DTYPES:
         return f"fast paths compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if impl == "triton":
+        if operator == "conv2d":
+            return "a GPU's convolutions are its own library's"
         if _TRITON_MISSING:
             return _TRITON_MISSING
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
