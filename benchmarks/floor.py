@@ -94,10 +94,7 @@ def measure(
         network(x, c_noise)
     for hook in hooks:
         hook.remove()
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.fastambient.conv_weight_native: _weight_gradient_flops}
-    )
-    with counter, torch.set_grad_enabled(train):
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
         with autocast:
             out = network(x, c_noise)
         if train:
@@ -109,11 +106,6 @@ def measure(
     moved = norm_elements * size * (4 if train else 2)
     moved += 36 * sum(p.numel() for p in network.parameters()) if train else 0
     return Floor(float(counter.get_total_flops()), products, moved / rate)
-
-
-def _weight_gradient_flops(x: Any, dy: Any, kernel: int, *_: Any, **__: Any) -> int:
-    n, channels, height, width = x
-    return 2 * n * height * width * channels * int(dy[1]) * kernel**2
 
 
 def _seconds(call: _Call, device: torch.device, dtype: torch.dtype, train: bool, rounds: int) -> float:

@@ -4,12 +4,14 @@
 
 Competitors: ``eager`` (the formulas as one writes them), ``fused-torch`` (torch's own fused pieces), ``compile``
 (torch.compile of eager; not with --quick or --tiny). A competitor whose result differs by more than the tolerance ends the
-benchmark: no time is reported for a wrong answer. ``of floor`` is useful bytes a second over the copy rate of the run.
+benchmark: no time is reported for a wrong answer. ``of floor`` is useful bytes a second over the copy rate of the run;
+for a convolution with its gradients, three times the forward pass of the run over its time.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable
 
 import protocol
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from baselines import FusedAdam, PerTensorAdam, two_regime_loss
 from torch import Tensor
 
-from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, group_norm_silu
+from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, conv2d, group_norm_silu
 
 SIGMA_TN, SIGMA_DATA = 1.5, 0.5
 
@@ -143,6 +145,43 @@ def norms(
     )
 
 
+def convolutions(device: torch.device, shape: tuple[int, ...], *, rounds: int, compiled: bool) -> list[protocol.Row]:
+    """Forward and backward of a 3x3 convolution with as many outputs as inputs."""
+    g = torch.Generator().manual_seed(0)
+    channels = shape[1]
+    make = lambda *s: torch.randn(*s, generator=g).to(device).contiguous(memory_format=torch.channels_last)  # noqa: E731
+    x, dy = make(*shape).requires_grad_(), make(*shape)
+    weight = (make(channels, channels, 3, 3) / (9 * channels) ** 0.5).requires_grad_()
+    bias = torch.zeros(channels, device=device, requires_grad=True)
+    leaves = (x, weight, bias)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return plain(*leaves)
+
+    def run(f: Callable[..., Tensor]) -> list[Tensor]:
+        y = f(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    pairs = zip(run(conv2d), run(plain), strict=True)
+    agreement = need(max(difference(a, b) for a, b in pairs), 1e-4, "conv2d")
+    works: dict[str, protocol.Work] = {
+        "ours": lambda: run(conv2d), "eager": lambda: run(plain), "forward": forward,
+    }  # fmt: skip
+    if compiled:
+        fast = torch.compile(plain)
+        works["compile"] = lambda: run(fast)
+    times = protocol.interleave(works, rounds=rounds, device=device)
+    floor = 3 * statistics.median(times.pop("forward"))
+    size = "x".join(map(str, shape))
+    return protocol.rows_of(
+        "conv2d-fp32", "ours", times, floor=floor, agreement=dict.fromkeys(works, agreement), size=size
+    )
+
+
 def parameter_sizes(total: int, tensors: int) -> list[int]:
     """A network's mix: mostly vectors, and matrices that hold nearly all of the weights."""
     vectors = tensors * 3 // 5
@@ -211,6 +250,9 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((64, 24, 8, 8), (64, 128, 16, 16), (64, 256, 32, 32))[chosen]:
             rows += norms(device, rate, shape, dtype, rounds=rounds, compiled=compiled)
+    if device.type == "cpu":  # a GPU's convolutions are its library's, with us and without
+        for shape in ((64, 24, 8, 8), (4, 256, 16, 16), (4, 256, 32, 32))[chosen]:
+            rows += convolutions(device, shape, rounds=rounds, compiled=compiled)
     for total, tensors in ((422_353, 119), (62_800_000, 547))[chosen]:
         rows += adam(device, rate, total, tensors, rounds=rounds)
     scale = "-tiny" if arguments.tiny else "-quick" if arguments.quick else ""
