@@ -54,7 +54,9 @@ def plot_pareto(path: Path, summary: dict[str, Any]) -> None:
     space = summary["cells"][0]["fd_space"]
     axes.set_xlabel("copies less those of the held-out control (% of samples)")
     axes.set_ylabel(f"Frechet distance to held-out ({space})")
-    axes.set_title("lower left is better; bars: 95 % over seeds; dotted: target", fontsize="small")
+    seeds = max(len(c["seeds"]) for c in rows)
+    bars = "bars: 95 % over seeds" if seeds > 1 else "one seed"
+    axes.set_title(f"lower left is better; {bars}; dotted: target", fontsize="small")
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
