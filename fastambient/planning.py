@@ -29,6 +29,7 @@ from fastambient.errors import InputError, did_you_mean
 from fastambient.models.presets import PRESETS
 from fastambient.system import processor
 from fastambient.training.config import Settings, network_config, resolve
+from fastambient_kernels import conv2d
 
 STATE_BYTES = 20  # a parameter: float32 weight, gradient, two moments, EMA
 STEP_BYTES = 36  # a parameter: what `AdamEMA` reads and writes
@@ -124,22 +125,23 @@ def machine(name: str, counts: Counts, *, precision: str, images: int) -> Machin
     images = max(1, min(images, int(2e10 / (6 * math.prod(picture[1:]) * math.prod(weight)))))
     x = torch.randn(images, *picture, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     w = torch.randn(weight, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-    dy = torch.randn_like(F.conv2d(x, w, padding=weight[-1] // 2))
+    dy = torch.randn_like(conv2d(x, w))
     a, b = torch.randn(512, 512, dtype=dtype), torch.randn(512, 512, dtype=dtype)
     source_of_copy = torch.ones(2**24)
-    target, small = torch.empty_like(source_of_copy), torch.ones(1, requires_grad=True)
+    target = torch.empty_like(source_of_copy)
+    small, kernel = torch.randn(1, 8, 2, 2, requires_grad=True), torch.zeros(8, 8, 3, 3, requires_grad=True)
 
-    def chain() -> None:
+    def chain() -> None:  # of what networks are made of: a convolution costs ten times the call of a sum
         y = small
-        for _ in range(100):
-            y = y + small
-        y.backward()
+        for _ in range(20):
+            y = small + F.silu(conv2d(y, kernel))
+        y.sum().backward()
 
-    backward = lambda: torch.autograd.grad(F.conv2d(x, w, padding=weight[-1] // 2), (x, w), dy)  # noqa: E731
+    backward = lambda: torch.autograd.grad(conv2d(x, w), (x, w), dy)  # noqa: E731
     convolution = 6 * math.prod(dy.shape[2:]) * images * math.prod(weight) / _seconds(backward)
     product = 2 * 512**3 / _seconds(lambda: a @ b)
     copy = 2 * source_of_copy.nbytes / _seconds(lambda: target.copy_(source_of_copy))
-    conv_rate, product_rate, rate, call = (Rate(v, source) for v in (convolution, product, copy, _seconds(chain) / 200))
+    conv_rate, product_rate, rate, call = (Rate(v, source) for v in (convolution, product, copy, _seconds(chain) / 120))
     return Machine("cpu", conv_rate, product_rate, rate, call, overlaps=False)
 
 

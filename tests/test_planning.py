@@ -167,7 +167,7 @@ def test_a_cpu_is_measured_now(monkeypatch):
     monkeypatch.setattr(planning, "_seconds", lambda work: (work(), 0.5)[1])
     there = planning.machine("cpu", COUNTS, precision="fp32", images=64)
     assert there.convolution.value == 6 * 64 * 64 * (4 * 4 * 9) / 0.5 and there.product.value == 4 * 512**3
-    assert there.copy.value == 2 * 2**26 / 0.5 and there.call.value == 0.5 / 200
+    assert there.copy.value == 2 * 2**26 / 0.5 and there.call.value == 0.5 / 120
     assert there.power is None and not there.overlaps and "measured now" in there.copy.source
     assert planning.machine("cpu", COUNTS, precision="bf16", images=64).convolution.value > 0
 
