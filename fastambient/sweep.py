@@ -12,6 +12,7 @@ A cell is trained, sampled and measured as by ``train --resume``, ``sample`` and
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import signal
@@ -72,6 +73,7 @@ class SweepRequest:
     weight_decay: float = WEIGHT_DECAY
     parallel: int | None = None  # cells at once; None: one a GPU, else one a CPU core
     gpus: int = 0
+    audit_every: float | None = None  # kimg between audits of every run; None: early-stop alone, as often as it likes
     noise_seed: int | None = None  # of the first cell, the others count on; None: each its own, from the system
 
 
@@ -116,6 +118,8 @@ def cells(request: SweepRequest) -> list[Cell]:
         raise InputError(f"--num must be 2 or more, got {r.num}")
     if r.parallel is not None and r.parallel < 1:
         raise InputError(f"--parallel must be 1 or more, got {r.parallel}")
+    if r.audit_every is not None and not 0 < r.audit_every < math.inf:
+        raise InputError(f"--audit-every must be above 0 kimg, got {r.audit_every:g}")
     for what, value in (("--target", r.target), ("--stop-rate", r.stop_rate)):
         if not 0 <= value < 1:
             raise InputError(f"{what} must be a rate in [0, 1), got {value:g}")
@@ -210,6 +214,7 @@ def train_request(request: SweepRequest, cell: Cell, number: int, store: Store) 
         "noise": {"sigma_tn": cell.sigma_tn} | cell.options.get("noise", {}),
         "training": {"seed": cell.seed, "sample_kimg": 0.0, "ranks": 1, "device": "cuda" if request.gpus else "cpu"}
         | ({} if request.kimg is None else {"kimg": request.kimg})
+        | ({} if request.audit_every is None else {"audit_kimg": request.audit_every})
         | cell.options.get("training", {}),
     }
     seed = None
@@ -345,6 +350,7 @@ def _settings_of(request: SweepRequest, store: Store) -> dict[str, Any]:
         "sigma_tn": list(request.sigma_tn), "seeds": list(request.seeds), "baselines": list(request.baselines),
         "kimg": request.kimg, "preset": request.preset, "num": request.num, "features": request.features,
         "assignments": list(request.assignments), "stop_rate": request.stop_rate, "weight_decay": request.weight_decay,
+        "audit_every": request.audit_every,
     }  # fmt: skip
 
 

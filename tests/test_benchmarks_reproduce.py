@@ -46,6 +46,20 @@ def test_what_is_clear_of_the_noise(tmp_path):
     assert {r["found"] for r in reproduce.differences(summary)} == {"one seed: no claim"}
 
 
+def test_each_run_where_it_is_best(tmp_path):
+    """Distances alone decide there, and early-stop, which is EDM again, is left out."""
+    summary = swept(tmp_path / "a", ("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.1, 1.9))
+    assert reproduce.differences(summary, at_best=True) == []
+    for cell in summary["cells"]:
+        fd = {"edm": 1.4, "ambient": 1.3 + 0.01 * cell["seed"], "early-stop": 1.0}[cell["kind"]]
+        cell["best"] = {"kimg": 10.0, "samples": 512, "excess": 0.02 * cell["sigma_tn"] * 5, "fd": fd}
+    (found,) = reproduce.differences(summary, at_best=True)
+    assert (found["against"], found["found"], found["seeds"]) == ("edm", "better", 3)
+    assert found["fd"]["mean"] == pytest.approx(-0.09) and found["excess"]["mean"] == pytest.approx(0.02)
+    (tmp_path / "a" / "sweep.json").write_text(json.dumps(summary))
+    assert "so that EDM is EDM stopped early" in reproduce.document(tmp_path)
+
+
 def test_the_document_holds_what_was_measured_and_nothing_else(tmp_path):
     assert "Nothing is measured yet" in reproduce.document(tmp_path)
     swept(tmp_path / "digits-100", ("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.1, 1.9))

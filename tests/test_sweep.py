@@ -105,6 +105,32 @@ def test_the_table_says_what_it_holds_and_the_curve_is_drawn(tmp_path):
     assert "<!-- lower left is better; one seed; dotted: target -->" in (tmp_path / "one.svg").read_text()
 
 
+def audited(cell: dict, *audits: tuple[float, float, float]) -> dict:
+    return cell | {"audits": [{"kimg": k, "samples": 512, "excess": e, "fd": fd} for k, e, fd in audits]}
+
+
+def test_each_run_at_its_best_audit():
+    """The least distance among the audits that copy little; none where a run has none; early-stop is EDM again."""
+    rows = [
+        audited(row("edm", 0, 0, 0.6, 3.0), (1, 0.0, 2.0), (2, 0.05, 1.5), (3, 0.06, 1.0)),
+        audited(row("edm", 0, 1, 0.6, 3.0), (1, 0.0, 1.7), (2, 0.05, 1.9), (3, 0.06, 1.0)),
+        audited(row("ambient", 0.2, 0, 0.1, 3.0), (1, 0.0, 1.4)),
+        audited(row("ambient", 0.2, 1, 0.1, 3.0), (1, 0.2, 1.4)),
+        audited(row("early-stop", 0, 0, 0.0, 2.0), (1, 0.0, 1.4)),
+        row("weight-decay", 0, 0, 0.1, 3.0),
+    ]
+    found = summarize(rows, target=0.05, within=0.1)
+    by_kind = {c["kind"]: c for c in found["configurations"]}
+    assert by_kind["edm"]["best"]["fd"]["mean"] == pytest.approx(1.6)
+    assert by_kind["edm"]["best"]["kimg"]["mean"] == 1.5 and by_kind["edm"]["best"]["excess"]["mean"] == 0.025
+    assert by_kind["ambient"]["best"] is None and by_kind["weight-decay"]["best"] is None
+    assert [c["best"] and c["best"]["kimg"] for c in found["cells"]] == [2, 1, 1, None, 1, None]
+    text = table(found)
+    assert "at most 5 % copies above the control (512 samples" in text and text.count("\n| EDM |") == 2
+    assert text.count("\n| ambient |") == text.count("\n| early stop |") == text.count("\n| weight decay |") == 1
+    assert "best" not in table(summarize([row("edm", 0, 0, 0.6, 3.0)], target=0.05, within=0.1)).partition("Chosen")[0]
+
+
 def test_the_cells():
     found = cells(SweepRequest(sigma_tn=(0, 0.1, 0.2), seeds=(3, 4), baselines=sweeping.BASELINES))
     names = [c.name for c in found]

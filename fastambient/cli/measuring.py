@@ -187,6 +187,15 @@ def sweep(
             default="evaluate's, below 16 pixels pixel; FD in pixels",
         ),
     ] = None,
+    audit_every: Annotated[
+        float | None,
+        option(
+            "audit every run while it trains, and compare them where each is best: early stopping for all",
+            "--audit-every",
+            metavar="KIMG",
+            default="early-stop alone",
+        ),
+    ] = None,
     parallel: Annotated[
         int | None, option("cells at once", metavar="N", default="one a GPU; without one, one a CPU core")
     ] = None,
@@ -220,6 +229,6 @@ def sweep(
         data=data, sigma_tn=parse_numbers("--sigma-tn", sigma_tn), seeds=parse_seeds(seeds),
         baselines=[b.strip() for b in (baselines or "").split(",") if b.strip()], kimg=kimg, preset=preset, num=num,
         features=features, parallel=parallel, target=target, stop_rate=stop_rate, weight_decay=weight_decay,
-        assignments=assignments or [], gpus=ranks if device == "cuda" else 0,
+        audit_every=audit_every,        assignments=assignments or [], gpus=ranks if device == "cuda" else 0,
     )  # fmt: skip
     run_sweep(request, out)
