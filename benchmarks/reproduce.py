@@ -2,7 +2,7 @@
 
     python benchmarks/reproduce.py --out runs/reproduce --source pictures.zip --table docs/results.md
 
-Parts, each also alone (--part): digits (8x8, 100 and 300 training images: digits-100, digits-300), pictures (--source
+Parts, each also alone (--part): digits (8x8, 30, 100 and 300 training images: digits-30 ...), pictures (--source
 at 16x16 and 32x32, 300 training images: pictures-16, pictures-32), figures (denoised images over noise levels: much data, little data by EDM, little data ambient).
 Everything is resumable: the same command goes on, finished cells are kept. Hours on 2 cores, minutes on a GPU.
 The document is made of what is on disk alone, so a part that was not measured is not in it.
@@ -29,7 +29,9 @@ from fastambient.sweep_results import KINDS, over_seeds, table
 
 SEEDS = (0, 1, 2)
 NUM = 1000
-DIGITS = {100: 64.0, 300: 192.0}  # training images: kimg, as many epochs each
+DIGITS = {100: 64.0, 300: 192.0, 30: 24.0}  # training images: kimg, 640 to 800 epochs
+# kimg between audits of every run: where few images are copied before quality has come, early stopping costs most.
+AUDITED = {"digits-30": (2.0, "evaluation.audit_num=512")}
 DIGITS_SIGMA_TN = (0.0, 0.1, 0.2, 0.4)
 PICTURES = {16: 100.0, 32: 100.0}  # resolution: kimg
 PICTURES_TRAIN, PICTURES_HOLDOUT = 300, 1000
@@ -56,10 +58,12 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
             return
         kimg = a.kimg or (0.016 if a.tiny else kimg)
         sigma_tn = (0.0, sigma_tn[2]) if a.tiny else sigma_tn
-        set_here = [*own, *assignments]
+        every, *more = AUDITED.get(name, (None,))
+        set_here = [*own, *assignments, *([] if a.tiny else more)]
         found[name] = SweepRequest(
-            data=data, sigma_tn=sigma_tn, baselines=BASELINES, kimg=kimg, assignments=set_here, **common
-        )
+            data=data, sigma_tn=sigma_tn, baselines=BASELINES, kimg=kimg, assignments=set_here, audit_every=every,
+            **common,
+        )  # fmt: skip
         if "figures" in a.part:
             other = [x if not x.startswith("data.train=") else f"data.train={many}" for x in set_here]
             much = {"seeds": (0,), "sigma_tn": (0.0,)}

@@ -100,7 +100,8 @@ def arguments(*argv: str):
 
 def test_the_sweeps_of_each_part():
     found = reproduce.requests(arguments("--part", "digits", "--gpus", "0"))
-    assert list(found) == ["digits-100", "digits-300"]
+    assert list(found) == ["digits-100", "digits-300", "digits-30"]
+    assert [r.audit_every for r in found.values()] == [None, None, 2.0]
     assert {len(cells(r)) for r in found.values()} == {27} and found["digits-300"].kimg == 192
     found = reproduce.requests(arguments("--part", "pictures,figures", "--source", "x.zip", "--gpus", "0"))
     assert list(found) == ["pictures-16", "pictures-16-many", "pictures-32", "pictures-32-many"]
