@@ -163,13 +163,17 @@ class BaselineStep:
         self.call: Network = torch.compile(self.network) if self.strong else self.network
         self.optimizer = (FusedAdam if self.strong else PerTensorAdam)(list(network.parameters()), lr=lr)
 
-    def loss(self, images: Tensor, flips: Tensor, sigma: Tensor, noises: Sequence[Tensor] | None = None) -> Tensor:
-        """Loss [N] with its graph."""
+    def loss(
+        self, images: Tensor, flips: Tensor, sigma: Tensor, noises: Sequence[Tensor] | None = None, *,
+        bf16: bool | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Loss [N] with its graph; `bf16` puts the network under autocast or not (default: as this competitor does)."""
+        bf16 = self.strong and self.bf16 if bf16 is None else bf16
 
         def network(x: Tensor, c_noise: Tensor) -> Tensor:
             if self.strong:
                 x = x.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.strong and self.bf16):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 return self.call(x, c_noise).float()
 
         keywords = {"sigma_tn": self.sigma_tn, "sigma_data": self.sigma_data, "noises": noises}

@@ -19,6 +19,7 @@ import dataclasses
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,25 +109,39 @@ def draws(trainer: Trainer, positions: Tensor) -> tuple[Batch, Tensor, tuple[Ten
     return batch, sigma, (fixed, fresh)
 
 
-def agreement(trainer: Trainer, other: BaselineStep) -> float:
-    """Largest relative difference of losses, and of the gradient of the whole network, on the same noise."""
+def agreement(trainer: Trainer, other: BaselineStep) -> tuple[float, float]:
+    """(difference, allowed): losses, and the gradient of the whole network, on the same noise.
+
+    The difference is the largest relative one. In bfloat16 as much is allowed as the rule of docs/numerics.md gives:
+    twice what the reference's arrangement itself differs by when it runs under autocast, and one rounding.
+    """
     positions = torch.arange(trainer.step.share, device=trainer.world.device)
     batch, sigma, noises = draws(trainer, positions)
-    losses, gradients = [], []
+
+    def theirs(low: bool) -> Tensor:
+        return other.loss(batch.images, batch.flips, sigma, noises, bf16=low)
+
     with without_dropout(trainer.network, other.network):
-        for network, loss_of in (
-            (trainer.network, lambda: trainer.step.forward(batch)[1]),
-            (other.network, lambda: other.loss(batch.images, batch.flips, sigma, noises)),
-        ):
-            network.zero_grad(set_to_none=True)  # what a step before left
-            loss = loss_of()
-            loss.sum().backward()
-            losses.append(loss.detach())
-            gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
-            network.zero_grad(set_to_none=True)
-    loss_difference = ((losses[0] - losses[1]).abs() / losses[1]).max().item()
-    gradient_difference = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
-    return max(loss_difference, gradient_difference)
+        wide = _results(other.network, lambda: theirs(False))
+        difference = _difference(_results(trainer.network, lambda: trainer.step.forward(batch)[1]), wide)
+        if trainer.settings.training.precision == "fp32":
+            return difference, 2e-4
+        return difference, 2 * _difference(_results(other.network, lambda: theirs(True)), wide) + 2**-8
+
+
+def _results(network: nn.Module, loss_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """(loss [N], the whole gradient)."""
+    network.zero_grad(set_to_none=True)  # what a step before left
+    loss = loss_of()
+    loss.sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+    network.zero_grad(set_to_none=True)
+    return loss.detach(), gradient
+
+
+def _difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> float:
+    loss = ((ours[0] - theirs[0]).abs() / theirs[0]).max().item()
+    return max(loss, ((ours[1] - theirs[1]).norm() / theirs[1].norm()).item())
 
 
 def report(times: dict[str, list[float]], floor: Floor, batch: int) -> None:
@@ -174,7 +189,7 @@ def main() -> None:
             sys.exit(f"ours: {size} does not fit")
         used = {
             "predicted": predicted_memory(counts_of(trainer.settings), images=batch, bf16=precision == "bf16", ranks=1),
-            "measured": float(peak_memory(device) - before),
+            "measured": max(0.0, float(peak_memory(device) - before)),  # a CPU's counters are some pages off
         }
 
         generator = torch.Generator().manual_seed(0)
@@ -185,17 +200,16 @@ def main() -> None:
         }
         trainer.network.load_state_dict(weights)
         others, found = {}, {}
-        tolerance = 2e-2 if precision == "bf16" else 2e-4
         for name in names:
             try:
                 other = competitor(name, trainer, weights)
-                found[name] = agreement(trainer, other)
+                found[name], allowed = agreement(trainer, other)
             except torch.OutOfMemoryError:
                 print(f"{name}: {size} does not fit and is left out")
                 continue
-            if not found[name] <= tolerance:
+            if not found[name] <= allowed:
                 sys.exit(
-                    f"{name}: loss or gradient differs by {found[name]:.1e}, allowed {tolerance:.0e}; no time is reported"
+                    f"{name}: loss or gradient differs by {found[name]:.1e}, allowed {allowed:.1e}; no time is reported"
                 )
             others[name] = other
         if not others:
