@@ -11,7 +11,15 @@ import torch.nn.functional as F
 
 from fastambient.errors import InputError
 from fastambient.models import build
-from fastambient.models.layers import BlockStyle, Conv2d, GroupNorm, Init, PositionalEmbedding, UNetBlock
+from fastambient.models.layers import (
+    BlockStyle,
+    Conv2d,
+    GroupNorm,
+    Init,
+    PositionalEmbedding,
+    UNetBlock,
+    scaled_dot_product,
+)
 
 DDPMPP = {
     "model_type": "SongUNet",
@@ -111,6 +119,24 @@ def test_resampling_equals_its_definition(kernel, resample_filter):
         f5 = f[:1].expand(5, -1, -1, -1)
         down = F.conv2d(wide, f5, groups=5)[:, :, ::2, ::2] + layer.bias[:, None, None]
         torch.testing.assert_close(layer(x), down)
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 65])
+def test_attention_in_bfloat16_is_as_exact_as_its_rounding(tokens):
+    """Under autocast, which must not bring few tokens back into bfloat16; gradients too."""
+    make = torch.Generator().manual_seed(tokens)
+    held = [torch.randn(2, 3, tokens, 32, generator=make).bfloat16() for _ in range(4)]
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        q, k, v = leaves = [t.to(dtype).requires_grad_() for t in held[:3]]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            y = scaled_dot_product(q, k, v)
+        assert y.dtype is dtype
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, held[3].to(dtype))])
+    for low, high in zip(*found, strict=True):
+        error = (low.double() - high).norm() / high.norm()
+        # One rounding on the way out where the arithmetic is float32's, several where it is bfloat16's.
+        assert error < (2**-9 if tokens <= 64 else 2**-7), error
 
 
 def test_attention_equals_its_definition_over_several_heads():

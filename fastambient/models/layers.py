@@ -300,10 +300,21 @@ class UNetBlock(nn.Module):
         weight = self.qkv.weight.flatten(1).unflatten(0, split).movedim(2, 0).flatten(0, 2)
         bias = self.qkv.bias.unflatten(0, split).movedim(2, 0).flatten()
         qkv = F.linear(tokens, weight, bias).unflatten(2, (3, *split[:2]))  # [N, L, 3, heads, C/heads]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = scaled_dot_product(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
         y = F.linear(y, self.proj.weight.flatten(1), self.proj.bias)
         return y.transpose(1, 2).unflatten(2, (height, width))
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v over tokens [N, heads, L, C].
+
+    Of few tokens a CPU takes float32: torch's bfloat16 kernel there takes two to four times as long for 64 and 16 of
+    them, and is no faster for 256.
+    """
+    if q.dtype is not torch.bfloat16 or q.device.type != "cpu" or q.shape[2] > 64:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):  # which would cast back
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 def recompute_levels(network: nn.Module, levels: int) -> None:
