@@ -3,6 +3,7 @@
 # Benchmarks write rows under benchmarks/results (docs/performance.md says how they measure):
 #   bench-kernels    the operators against eager, torch's fused pieces and torch.compile
 #   bench-step       one training step of PRESET against the reference's way, and the strong baseline on a GPU
+#   bench-parts      what each part of that step gives: the step beside itself without the part
 #   bench-sampling   a batch of samples of PRESET, SAMPLER=heun or dpmpp-2m
 #   bench-data       the three loaders against the reference's way, and how long a training step waits for data
 #   loss-curve       2,000 steps of digits: does the fast path learn what the reference's arrangement learns?
@@ -23,7 +24,7 @@ MINUTES ?= 8
 
 SOURCES := $(wildcard kernels/csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install quickstart test test-slow test-gpu lint format bench-kernels bench-step \
+.PHONY: install quickstart test test-slow test-gpu lint format bench-kernels bench-step bench-parts \
         bench-sampling bench-data loss-curve gpu-suite tables reproduce-digits reproduce clean
 
 install: $(STAMP)
@@ -67,6 +68,9 @@ bench-kernels: $(STAMP)
 
 bench-step: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py --preset $(PRESET)
+
+bench-parts: $(STAMP)
+	$(BIN)/python benchmarks/parts.py --preset $(PRESET)
 
 bench-sampling: $(STAMP)
 	$(BIN)/python benchmarks/sampling_latency.py --preset $(PRESET) --sampler $(SAMPLER)

@@ -98,11 +98,17 @@ class _PlainBlock(UNetBlock):
 _PLAIN = {GroupNorm: _PlainGroupNorm, Conv2d: _PlainConv2d, UNetBlock: _PlainBlock}
 
 
-def as_shipped(network: nn.Module) -> nn.Module:
-    """The same network, contiguous, with the reference's arrangement of the arithmetic; changed in place."""
+def plainly(network: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
+    """The same network with the reference's arrangement of the arithmetic in layers of these kinds; changed in place."""
     for module in network.modules():
-        module.__class__ = _PLAIN.get(type(module), type(module))  # same parameters, another forward
-    return network.to(memory_format=torch.contiguous_format)
+        if type(module) in kinds:
+            module.__class__ = _PLAIN[type(module)]  # same parameters, another forward
+    return network
+
+
+def as_shipped(network: nn.Module) -> nn.Module:
+    """The same network as the reference ships it: contiguous, all layers plain; changed in place."""
+    return plainly(network, *_PLAIN).to(memory_format=torch.contiguous_format)
 
 
 class PerTensorAdam:

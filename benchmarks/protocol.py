@@ -76,7 +76,9 @@ class Row:
     ms: float  # ours, median
     ms_competitor: float
     spread: float  # (p80 - p20) / p50 of our times
-    floor_fraction: float  # the floor of this run over our time; for an operator, its useful bytes at the copy rate
+    floor_fraction: (
+        float | None
+    )  # the floor of this run over our time; for an operator, its useful bytes at the copy rate
     agreement: float  # largest relative difference of the compared results
     size: str = ""
     gpu: dict[str, Any] | None = (
@@ -149,11 +151,11 @@ def rows_of(
     ours: str,
     times: Times,
     *,
-    floor: float,
+    floor: float | None,
     agreement: dict[str, float],
     size: str,
 ) -> list[Row]:
-    """One row for each competitor of `ours`; `floor` in seconds. The ratio is the median of the rounds', against drift."""
+    """One row for each competitor of `ours`; `floor` in seconds, None where none is measured. The ratio is the median of the rounds', against drift."""
     mine = times[ours]
     ms = statistics.median(mine) * 1e3
     spread = (percentile(mine, 0.8) - percentile(mine, 0.2)) / statistics.median(mine)
@@ -170,7 +172,7 @@ def rows_of(
                     ms,
                     their_ms,
                     spread,
-                    floor * 1e3 / ms,
+                    None if floor is None else floor * 1e3 / ms,
                     agreement.get(name, 0.0),
                     size,
                     times.gpu(ours),
@@ -228,10 +230,10 @@ def write(
     found = json.loads(text)
     print(f"{found['device']}; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}")
     print(
-        f"{'work':<36}{'size':<24}{'against':<14}{'ratio':>7}{'ms':>10}{'theirs':>10}{'spread':>8}{'of floor':>10}{'agreement':>11}"
+        f"{'work':<36}{'size':<24}{'against':<24}{'ratio':>7}{'ms':>10}{'theirs':>10}{'spread':>8}{'of floor':>10}{'agreement':>11}"
     )
     for r in rows:
         print(
-            f"{r.work:<36}{r.size:<24}{r.competitor:<14}{r.ratio:>6.2f}x{r.ms:>10.2f}{r.ms_competitor:>10.2f}"
-            f"{r.spread:>8.0%}{r.floor_fraction:>10.2f}{r.agreement:>11.1e}"
+            f"{r.work:<36}{r.size:<24}{r.competitor:<24}{r.ratio:>6.2f}x{r.ms:>10.2f}{r.ms_competitor:>10.2f}"
+            f"{r.spread:>8.0%}{'-' if r.floor_fraction is None else format(r.floor_fraction, '.2f'):>10}{r.agreement:>11.1e}"
         )

@@ -52,6 +52,7 @@ def make_trainer(
     folder: Path, preset: str, batch: int, device: torch.device, precision: str, *, seed: int = 0
 ) -> Trainer:
     """The trainer of a run on random pictures (of `digits` on the digits), as the command line would make it."""
+    folder.mkdir(exist_ok=True)
     source = "digits"
     if preset != "digits":
         size = RESOLUTION.get(preset, 64)
@@ -75,6 +76,26 @@ def competitor(kind: str, trainer: Trainer, weights: dict[str, Tensor]) -> Basel
         kind, network, sigma_tn=s.noise.sigma_tn, sigma_data=s.noise.sigma_data, lr=s.training.lr, beta=0.999,
         bf16=s.training.precision == "bf16",
     )  # fmt: skip
+
+
+def usual_batch(preset: str, device: torch.device) -> int:
+    """Images a step where none are named."""
+    return _CPU_BATCH.get(preset, 2) if device.type == "cpu" else 64
+
+
+def usual_precision(device: torch.device) -> str:
+    """bf16 where the device computes in it."""
+    has_bf16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else "fp32"
+
+
+def filled(network: nn.Module) -> dict[str, Tensor]:
+    """Its weights, with noise in the zero-initialised layers, which would hide most of the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        k: v if v.dim() < 2 or v.abs().max() > 1e-3 else v + 0.02 * torch.randn(v.shape, generator=generator).to(v)
+        for k, v in network.state_dict().items()
+    }
 
 
 class without_dropout:
@@ -122,14 +143,14 @@ def agreement(trainer: Trainer, other: BaselineStep) -> tuple[float, float]:
         return other.loss(batch.images, batch.flips, sigma, noises, bf16=low)
 
     with without_dropout(trainer.network, other.network):
-        wide = _results(other.network, lambda: theirs(False))
-        difference = _difference(_results(trainer.network, lambda: trainer.step.forward(batch)[1]), wide)
+        wide = results(other.network, lambda: theirs(False))
+        apart = difference(results(trainer.network, lambda: trainer.step.forward(batch)[1]), wide)
         if trainer.settings.training.precision == "fp32":
-            return difference, 2e-4
-        return difference, 2 * _difference(_results(other.network, lambda: theirs(True)), wide) + 2**-8
+            return apart, 2e-4
+        return apart, 2 * difference(results(other.network, lambda: theirs(True)), wide) + 2**-8
 
 
-def _results(network: nn.Module, loss_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def results(network: nn.Module, loss_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """(loss [N], the whole gradient)."""
     network.zero_grad(set_to_none=True)  # what a step before left
     loss = loss_of()
@@ -139,7 +160,8 @@ def _results(network: nn.Module, loss_of: Callable[[], Tensor]) -> tuple[Tensor,
     return loss.detach(), gradient
 
 
-def _difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> float:
+def difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> float:
+    """The largest relative one, of a sample's loss or of the gradient's norm."""
     loss = ((ours[0] - theirs[0]).abs() / theirs[0]).max().item()
     return max(loss, ((ours[1] - theirs[1]).norm() / theirs[1].norm()).item())
 
@@ -165,10 +187,9 @@ def main() -> None:
     arguments = parser.parse_args()
     device, preset = arguments.device, arguments.preset
     on_cpu = device.type == "cpu"
-    usual = _CPU_BATCH.get(preset, 2) if on_cpu else 64
+    usual = usual_batch(preset, device)
     batch = arguments.batch or usual
-    has_bf16 = not on_cpu or "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    precision = arguments.precision or ("bf16" if has_bf16 else "fp32")
+    precision = arguments.precision or usual_precision(device)
     names = protocol.competitors_of(arguments)
     work, size = f"train {preset} {precision}", f"batch {batch}"
 
@@ -192,12 +213,7 @@ def main() -> None:
             "measured": max(0.0, float(peak_memory(device) - before)),  # a CPU's counters are some pages off
         }
 
-        generator = torch.Generator().manual_seed(0)
-        # The trained network is no special case: the zero-initialised layers would hide most of the gradient.
-        weights = {
-            k: v if v.dim() < 2 or v.abs().max() > 1e-3 else v + 0.02 * torch.randn(v.shape, generator=generator).to(v)
-            for k, v in trainer.network.state_dict().items()
-        }
+        weights = filled(trainer.network)
         trainer.network.load_state_dict(weights)
         others, found = {}, {}
         for name in names:

@@ -51,6 +51,10 @@ TARGETS = (
     Target("H100", _STREAMING, "floor_fraction", 0.85),
     Target("H100", _STREAMING, "ratio", 1.0, "compile"),
     Target(_CPU, "train digits fp32", "ratio", 1.8, "reference", "batch 64"),
+    Target(_CPU, "train cifar10-ddpmpp bf16", "ratio", 2.1, "reference"),
+    Target(_CPU, "train cifar10-ddpmpp bf16", "floor_fraction", 1 / 1.2),
+    Target(_CPU, "train ffhq64-ncsnpp bf16", "ratio", 1.9, "reference"),
+    Target(_CPU, "train ffhq64-ncsnpp bf16", "floor_fraction", 1 / 1.3),
     Target(_CPU, "train cifar10-ddpmpp fp32", "ratio", 1.12, "reference"),
     Target(_CPU, "train cifar10-ddpmpp fp32", "floor_fraction", 1 / 1.12),
     Target(_CPU, "sample digits 18 64", "ratio", 2.0, "reference"),
@@ -121,6 +125,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 _TIMES = ("against", "ratio", "target", "ours, ms", "theirs, ms", "spread", "floor / ours")
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {  # name: pattern of the work, columns
     "step": ("train .*", ("work", "size", *_TIMES, "MFU", "memory / planned, GiB", "agreement")),
+    "parts": ("part .*", ("work", "size", "against", "ratio", "ours, ms", "theirs, ms", "spread", "agreement")),
     "profile": ("profile .*", ("work", "size", "operator", "share", "target", "ms")),
     "sampling": ("sample .*", ("work", "size", *_TIMES, "MFU", "agreement")),
     "loading": (

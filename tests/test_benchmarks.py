@@ -28,6 +28,7 @@ import data_loading
 import floor
 import gpu_suite
 import loss_curve
+import parts
 import protocol
 import sampling_latency
 import step_profile
@@ -236,6 +237,36 @@ def test_the_step_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
     assert "peak memory of ours" in capsys.readouterr().out
 
 
+def test_each_part_is_taken_out_alone(tmp_path, monkeypatch):
+    """The same results without it, within rounding; a part that were wrong would end the benchmark before any time."""
+    argv = ["parts.py", "--device", "cpu", "--batch", "2", "--precision", "fp32", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    parts.main()
+    rows = json.loads((tmp_path / "parts-digits-fp32-cpu.json").read_text())["rows"]
+    assert [row["competitor"] for row in rows] == [f"without {name}" for name in parts.PARTS]
+    assert {row["work"] for row in rows} == {"part digits fp32"} and all(row["floor_fraction"] is None for row in rows)
+    # Masks and optimizers are not in what is compared; all else takes another way to the same numbers.
+    same = {"without dropout", "without AdamEMA"}
+    assert all((row["agreement"] == 0) == (row["competitor"] in same) for row in rows)
+
+    plain = parts.PARTS["group_norm_silu"]
+
+    def scaled(trainer):
+        plain(trainer)
+        with torch.no_grad():
+            next(m for m in trainer.network.modules() if hasattr(m, "groups")).weight.mul_(1.01)
+
+    monkeypatch.setitem(parts.PARTS, "group_norm_silu", scaled)
+    monkeypatch.setattr(sys, "argv", [*argv, "--parts", "group_norm_silu"])
+    with pytest.raises(
+        SystemExit, match=r"without group_norm_silu: loss or gradient differs by .*; no time is reported"
+    ):
+        parts.main()
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", [*argv, "--parts", "luck"])
+        parts.main()
+
+
 def test_the_page_agrees_with_the_rows():
     """`make tables` changes nothing, and no measurement stands outside of a table."""
     page = tables.PAGE.read_text(encoding="utf-8")
@@ -286,7 +317,7 @@ def test_tables_take_up_new_rows_with_their_targets(tmp_path):
     assert tables.table("loss", found) == "Nothing is measured yet."
     with pytest.raises(ValueError, match=r"<!-- step: end --> is missing"):
         tables.render("<!-- step: begin -->", found)
-    with pytest.raises(ValueError, match="speed: not one of step, profile"):
+    with pytest.raises(ValueError, match="speed: not one of step, parts"):
         tables.render("<!-- speed: begin --><!-- speed: end -->", found)
 
 
