@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastambient.errors import InputError
-from fastambient_kernels import conv2d, dropout, group_norm_silu
+from fastambient_kernels import conv2d, dropout, group_norm_silu, residual
 from fastambient_kernels.dropout import MAX_LAYERS, keep_mask
 
 DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `fastambient_kernels.dropout`
@@ -92,18 +92,21 @@ class Conv2d(nn.Module):
             self.filter_pad = (len(resample_filter) - 1) // 2
             self.box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
+        """with_bias : False leaves the bias, which comes last whatever the order, to the caller"""
         pad = self.kernel // 2
+        bias = self.bias if with_bias and self.kernel else None
         if self.resample == "up":
             if self.kernel == 1:  # a 1x1 kernel commutes with the filter: a quarter of the arithmetic before it
-                return self._up(conv2d(x, self.weight)) + self.bias[:, None, None]
+                y = self._up(conv2d(x, self.weight))
+                return y if bias is None else y + bias[:, None, None]
             x = self._up(x)
         elif self.resample == "down_fused":
             # Filter and convolution commute on the zero-extended picture; in this order the convolution has stride 2.
-            return F.conv2d(self._filter(x, stride=1, pad=self.filter_pad + pad), self.weight, self.bias, stride=2)
+            return F.conv2d(self._filter(x, stride=1, pad=self.filter_pad + pad), self.weight, bias, stride=2)
         elif self.resample == "down":
             x = self._filter(x, stride=2, pad=self.filter_pad)
-        return conv2d(x, self.weight, self.bias) if self.kernel else x
+        return conv2d(x, self.weight, bias) if self.kernel else x
 
     def _filter(self, x: Tensor, *, stride: int, pad: int) -> Tensor:
         if self.box:
@@ -278,21 +281,24 @@ class UNetBlock(nn.Module):
     def _compute(self, x: Tensor, emb: Tensor, key: DropoutKey | None, skip: Tensor | None) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
-        y = self.conv0(self.norm0(x))
-        params = self.affine(emb)
+        # A bias is never a pass of its own, as it is in a GPU's libraries: conv0's is added with the embedding's before
+        # the second norm, the others with the shortcut.
+        y = self.conv0(self.norm0(x), with_bias=False)
         if self.adaptive_scale:
-            scale, shift = params.chunk(2, dim=1)
-            y = self.norm1(y, scale=scale, shift=shift)
+            scale, shift = self.affine(emb).chunk(2, dim=1)
+            y = self.norm1(y, add=self.conv0.bias.expand(len(y), -1), scale=scale, shift=shift)
         else:
-            y = self.norm1(y, add=params)
-        y = self.conv1(self.dropout(y, key))
-        x = self._rescale(y + (x if self.skip is None else self.skip(x)))
-        return self._rescale(x + self._attend(x)) if self.heads else x
-
-    def _rescale(self, x: Tensor) -> Tensor:
-        return x if self.skip_scale == 1 else x * self.skip_scale
+            y = self.norm1(y, add=F.linear(emb, self.affine.weight, self.affine.bias + self.conv0.bias))
+        y = self.conv1(self.dropout(y, key), with_bias=False)
+        bias = self.conv1.bias
+        if self.skip is not None:
+            x = self.skip(x, with_bias=False)
+            bias = bias + self.skip.bias if self.skip.kernel else bias
+        x = residual(y, x, bias, self.skip_scale)
+        return residual(x, self._attend(x), self.proj.bias, self.skip_scale) if self.heads else x
 
     def _attend(self, x: Tensor) -> Tensor:
+        """Attention without its last bias."""
         _, channels, height, width = x.shape
         tokens = self.norm2(x, silu=False).flatten(2).transpose(1, 2)  # [N, L, C], a view in channels-last
         # The output channels of qkv are laid out as (head, channel, q/k/v); attention wants the last one first.
@@ -302,7 +308,7 @@ class UNetBlock(nn.Module):
         qkv = F.linear(tokens, weight, bias).unflatten(2, (3, *split[:2]))  # [N, L, 3, heads, C/heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        y = F.linear(y, self.proj.weight.flatten(1), self.proj.bias)
+        y = F.linear(y, self.proj.weight.flatten(1))
         return y.transpose(1, 2).unflatten(2, (height, width))
 
 
