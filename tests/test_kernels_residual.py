@@ -54,7 +54,8 @@ def assert_right(found, made, scale=SCALE, *, d_bias=2e-6):
     """Roundings of three operations in float32, of the scale and to the dtype. The gradient of the bias is held to
     the sizes that it adds up: see docs/numerics.md."""
     right, (largest, _, _, *sizes) = (
-        exact(*values, factor) for values, factor in ((made, scale), ([v if v is None else v.abs() for v in made], abs(scale)))
+        exact(*values, factor)
+        for values, factor in ((made, scale), ([v if v is None else v.abs() for v in made], abs(scale)))
     )
     dtype = made[0].dtype
     assert len(found) == len(right)

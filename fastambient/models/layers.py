@@ -7,8 +7,9 @@ kernel runs on the smaller side of a resampling, attention is one fused call ove
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -233,9 +234,11 @@ class UNetBlock(nn.Module):
     ----------
     recompute : activation checkpointing: nothing but the input is kept for the backward pass, which computes the block
         anew, with the same dropout mask
+    compiled : the parts before and after dropout run through torch.compile, set by `compile_blocks`
     """
 
     recompute = False
+    compiled = False
 
     def __init__(
         self, in_channels: int, out_channels: int, style: BlockStyle, layer: int, *,
@@ -281,15 +284,21 @@ class UNetBlock(nn.Module):
     def _compute(self, x: Tensor, emb: Tensor, key: DropoutKey | None, skip: Tensor | None) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
-        # A bias is never a pass of its own, as it is in a GPU's libraries: conv0's is added with the embedding's before
-        # the second norm, the others with the shortcut.
+        begin, finish = _compiled_parts() if self.compiled else (UNetBlock._begin, UNetBlock._finish)
+        return finish(self, self.dropout(begin(self, x, emb), key), x)
+
+    # A bias is never a pass of its own, as a GPU's libraries make it: conv0's is added with the embedding's before the
+    # second norm, the others with the shortcut. On a CPU, whose convolutions add it for nothing, this costs nothing.
+
+    def _begin(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv0(self.norm0(x), with_bias=False)
         if self.adaptive_scale:
             scale, shift = self.affine(emb).chunk(2, dim=1)
-            y = self.norm1(y, add=self.conv0.bias.expand(len(y), -1), scale=scale, shift=shift)
-        else:
-            y = self.norm1(y, add=F.linear(emb, self.affine.weight, self.affine.bias + self.conv0.bias))
-        y = self.conv1(self.dropout(y, key), with_bias=False)
+            return self.norm1(y, add=self.conv0.bias.expand(len(y), -1), scale=scale, shift=shift)
+        return self.norm1(y, add=F.linear(emb, self.affine.weight, self.affine.bias + self.conv0.bias))
+
+    def _finish(self, y: Tensor, x: Tensor) -> Tensor:
+        y = self.conv1(y, with_bias=False)
         bias = self.conv1.bias
         if self.skip is not None:
             x = self.skip(x, with_bias=False)
@@ -319,6 +328,25 @@ def recompute_levels(network: nn.Module, levels: int) -> None:
         for name, block in part.items():  # type: ignore[operator, union-attr]
             if isinstance(block, UNetBlock):
                 block.recompute = name.startswith(names)
+
+
+@functools.cache
+def _compiled_parts() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """What comes before and after dropout in a block, which names its layer and would be another graph in each: so
+    blocks of equal shapes share their compiled code, because a graph has weights for inputs."""
+    begin, finish = (torch.compile(f, dynamic=False, fullgraph=True) for f in (UNetBlock._begin, UNetBlock._finish))
+    return begin, finish
+
+
+def compile_blocks(network: nn.Module, on: bool) -> None:
+    """Let the blocks run through torch.compile, or as they are; copies of the network do as it does."""
+    if on:  # a network has some twenty kinds of blocks, each with a graph of its own
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 256)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 1024)
+    for block in network.modules():
+        if isinstance(block, UNetBlock):
+            block.compiled = on
 
 
 def one_hot_or_zeros(labels: Tensor | None, like: Tensor, label_dim: int) -> Tensor:

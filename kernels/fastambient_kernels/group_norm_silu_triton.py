@@ -208,9 +208,7 @@ def aot_cases() -> list[AotCase]:
         streamed = tuple(a for a in ("x", "dy", "y", "dx") if a in kernel.arg_names)
         name = f"group_norm_silu {kernel.__name__} {title if streamed else ''}".strip()
         tails = ("x",) if kernel is kernels.partial_moments else ()
-        cases.setdefault(
-            name, launched(name, kernel, programs, arguments, constants, streamed=streamed, tails=tails)
-        )
+        cases.setdefault(name, launched(name, kernel, programs, arguments, constants, streamed=streamed, tails=tails))
 
     for shape, groups, dtype, last, optional in _IN_USE:
         n, c = shape[:2]
