@@ -53,8 +53,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(init.draw((out_features, in_features), init.weight, *fans))
         self.bias = nn.Parameter(init.draw((out_features,), init.bias, *fans)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *, more: Tensor | None = None) -> Tensor:
+        """more : a second bias"""
+        bias = self.bias if more is None else more if self.bias is None else self.bias + more
+        return F.linear(x, self.weight, bias)
 
 
 class Conv2d(nn.Module):
@@ -295,11 +297,11 @@ class UNetBlock(nn.Module):
         if self.adaptive_scale:
             scale, shift = self.affine(emb).chunk(2, dim=1)
             return self.norm1(y, add=self.conv0.bias.expand(len(y), -1), scale=scale, shift=shift)
-        return self.norm1(y, add=F.linear(emb, self.affine.weight, self.affine.bias + self.conv0.bias))
+        return self.norm1(y, add=self.affine(emb, more=self.conv0.bias))
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         y = self.conv1(y, with_bias=False)
-        bias = self.conv1.bias
+        bias: Tensor = self.conv1.bias
         if self.skip is not None:
             x = self.skip(x, with_bias=False)
             bias = bias + self.skip.bias if self.skip.kernel else bias
