@@ -2,7 +2,8 @@
 
 The architectures are those of EDM (Karras et al. 2022, Appendix F), with EDM's parameter names and shapes, so that
 its weights load. The arrangement of the arithmetic is ours: 2x2 box resampling is pooling and repetition, a 1x1
-kernel runs on the smaller side of a resampling, attention is one fused call over [N, H*W, C] tokens.
+kernel runs on the smaller side of a resampling, attention is one fused call over [N, H*W, C] tokens, a residual branch
+ends in one pass with all biases.
 """
 
 from __future__ import annotations
