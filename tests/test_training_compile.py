@@ -66,6 +66,7 @@ def assert_near(one, other, tolerance):
         assert (a - b).norm() <= tolerance * b.norm() + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_steps_are_those_without_it(tmp_path, traced, capsys, name):
     eager, compiled = (trainer_of(tmp_path / setting, *NETWORKS[name], f"training.compile={setting}")
@@ -80,6 +81,7 @@ def test_steps_are_those_without_it(tmp_path, traced, capsys, name):
     assert 0 < len(traced) < 2 * blocks, "blocks of equal shapes share their graphs"
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path, traced):
     eager, compiled = (trainer_of(tmp_path / setting, "training.precision=bf16", f"training.compile={setting}")
                        for setting in ("off", "on"))  # fmt: skip
@@ -88,6 +90,7 @@ def test_bf16(tmp_path, traced):
     assert traced
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume_are_the_same_run(tmp_path, traced):
     """To the bit, with checkpoints, samples and averages, which copy the network."""
 
