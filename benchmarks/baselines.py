@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastambient.models.layers import Conv2d, GroupNorm, UNetBlock
+from fastambient.models.layers import Conv2d, DropoutKey, GroupNorm, UNetBlock
 
 Network = Callable[..., Tensor]
 
@@ -84,7 +84,24 @@ class _PlainConv2d(Conv2d):
 
 
 class _PlainBlock(UNetBlock):
-    """Attention as two einsums around a softmax in float32."""
+    """Sums, factors and the embedding a pass each; attention as two einsums around a softmax in float32."""
+
+    def _compute(self, x: Tensor, emb: Tensor, key: DropoutKey | None, skip: Tensor | None) -> Tensor:
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        y = self.conv0(self.norm0(x))
+        params = self.affine(emb)
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            y = self.norm1(y, scale=scale, shift=shift)
+        else:
+            y = self.norm1(y, add=params)
+        y = self.conv1(self.dropout(y, key))
+        x = self._rescaled(y + (x if self.skip is None else self.skip(x)))
+        return self._rescaled(x + self._attend(x)) if self.heads else x
+
+    def _rescaled(self, x: Tensor) -> Tensor:
+        return x if self.skip_scale == 1 else x * self.skip_scale
 
     def _attend(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape

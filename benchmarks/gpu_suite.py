@@ -55,10 +55,14 @@ def parts_of(scale: str, device: str, out: Path) -> list[Part]:
     full = scale == "full"
     options = ["--device", device, "--out", str(out)]
 
-    def step(preset: str, batch: int, seconds: float, *, competitors: str = "reference,strong") -> Part:
-        profile = ["--profile", str(out / f"profile-{preset}.json")] if batch == batches[0] else []
+    def step(
+        preset: str, batch: int, seconds: float, *, competitors: str = "reference,strong", compiled: bool = False
+    ) -> Part:
+        extra = ["--profile", str(out / f"profile-{preset}.json")] if batch == batches[0] and not compiled else []
+        extra += ["--compile"] if compiled else []
         command = [str(HERE / "step_time.py"), "--preset", preset, "--batch", str(batch), "--rounds", rounds]
-        return Part(f"step {preset} {batch}", [*command, "--competitors", competitors, *profile, *options], seconds)
+        name = f"step {preset} {batch}{' compiled' if compiled else ''}"
+        return Part(name, [*command, "--competitors", competitors, *extra, *options], seconds)
 
     def sampling(preset: str, size: str, steps: int, seconds: float, *, competitors: str = "strong") -> Part:
         command = [str(HERE / "sampling_latency.py"), "--preset", preset, "--batches", size, "--steps", str(steps)]
@@ -88,6 +92,7 @@ def parts_of(scale: str, device: str, out: Path) -> list[Part]:
         sampling(cifar10, "1,64", 18, 100, competitors="reference,strong"),
         step(adm, 64, 150), sampling(ffhq64, "1,64", 40, 120),
         step(cifar10, 256, 100), step(ffhq64, 256, 120), step(adm, 256, 150),
+        step(cifar10, 64, 120, competitors="strong", compiled=True),
         sampling(cifar10, "512", 18, 90), sampling(ffhq64, "512", 40, 180),
     ]  # fmt: skip
 

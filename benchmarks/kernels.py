@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from baselines import FusedAdam, PerTensorAdam, two_regime_loss
 from torch import Tensor
 
-from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, conv2d, group_norm_silu
+from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, conv2d, group_norm_silu, residual
 
 SIGMA_TN, SIGMA_DATA = 1.5, 0.5
 
@@ -145,6 +145,41 @@ def norms(
     )
 
 
+def residuals(
+    device: torch.device, rate: float, shape: tuple[int, ...], dtype: torch.dtype, *, rounds: int, compiled: bool
+) -> list[protocol.Row]:
+    """Forward and backward of the end of a residual branch; the competitors add the bias in a pass of its own."""
+    g = torch.Generator().manual_seed(0)
+    make = lambda: torch.randn(shape, generator=g).to(device, dtype).contiguous(memory_format=torch.channels_last)  # noqa: E731
+    y, x, dy = make().requires_grad_(), make().requires_grad_(), make()
+    bias = torch.randn(shape[1], generator=g).to(device).requires_grad_()
+    leaves, scale = (y, x, bias), 0.5**0.5
+
+    def plain(y: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+        return ((y + bias.to(y.dtype)[:, None, None]) + x) * scale
+
+    def ours(y: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+        return residual(y, x, bias, scale)
+
+    def run(f: Callable[..., Tensor]) -> list[Tensor]:
+        out = f(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dy)]
+
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    pairs = zip(run(ours), run(plain), strict=True)
+    agreement = need(max(difference(a, b) for a, b in pairs), tolerance, "residual")
+    works: dict[str, protocol.Work] = {"ours": lambda: run(ours), "eager": lambda: run(plain)}
+    if compiled:
+        fast = torch.compile(plain)
+        works["compile"] = lambda: run(fast)
+    times = protocol.interleave(works, rounds=rounds, device=device)
+    useful = 5 * y.numel() * y.element_size()  # y and x in, the sum out; dy in, d out
+    name, size = f"residual-{'fp32' if dtype == torch.float32 else 'bf16'}", "x".join(map(str, shape))
+    return protocol.rows_of(
+        name, "ours", times, floor=useful / rate, agreement=dict.fromkeys(works, agreement), size=size
+    )
+
+
 def convolutions(device: torch.device, shape: tuple[int, ...], *, rounds: int, compiled: bool) -> list[protocol.Row]:
     """Forward and backward of a 3x3 convolution with as many outputs as inputs."""
     g = torch.Generator().manual_seed(0)
@@ -250,6 +285,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((64, 24, 8, 8), (64, 128, 16, 16), (64, 256, 32, 32))[chosen]:
             rows += norms(device, rate, shape, dtype, rounds=rounds, compiled=compiled)
+            rows += residuals(device, rate, shape, dtype, rounds=rounds, compiled=compiled)
     if device.type == "cpu":  # a GPU's convolutions are its library's, with us and without
         for shape in ((64, 24, 8, 8), (4, 256, 16, 16), (4, 256, 32, 32))[chosen]:
             rows += convolutions(device, shape, rounds=rounds, compiled=compiled)

@@ -1,14 +1,15 @@
 """The trainer's whole step against two competitors and against the floor of the same run.
 
     python benchmarks/step_time.py [--preset P] [--batch B] [--device cpu|cuda] [--precision fp32|bf16]
-                                   [--competitors reference,strong] [--rounds N] [--profile FILE]
+                                   [--competitors reference,strong] [--rounds N] [--profile FILE] [--compile]
                                    [--json FILE] [--out DIR]
 
 ``ours`` is what `fastambient train` runs: batch, noise, network, loss, backward, optimizer, average and log values.
 The competitors (`baselines.py`) get their images for nothing. Before a time is taken, losses and gradients of all are
 compared on the same noise; the benchmark ends where they differ. Peak memory is that of ours, measured before a
 competitor is made, beside what `fastambient.planning` predicts. MFU is against the rate of this network's own
-convolutions and products, measured in this run (`floor.py`).
+convolutions and products, measured in this run (`floor.py`). With ``--compile`` ours has `training.compile` on; its rows
+say "compiled" and lie in a file of their own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from fastambient.data import Batch
 from fastambient.diffusion.edm import draw_sigma
-from fastambient.models.layers import Dropout
+from fastambient.models.layers import Dropout, UNetBlock, compile_blocks
 from fastambient.models.presets import PRESETS
 from fastambient.planning import PIXELS as RESOLUTION
 from fastambient.planning import counts_of
@@ -49,7 +50,14 @@ _NOISE_SEED = 12345
 
 
 def make_trainer(
-    folder: Path, preset: str, batch: int, device: torch.device, precision: str, *, seed: int = 0
+    folder: Path,
+    preset: str,
+    batch: int,
+    device: torch.device,
+    precision: str,
+    *,
+    seed: int = 0,
+    compiled: bool = False,
 ) -> Trainer:
     """The trainer of a run on random pictures (of `digits` on the digits), as the command line would make it."""
     folder.mkdir(exist_ok=True)
@@ -60,6 +68,7 @@ def make_trainer(
         np.save(source, np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8))
     model = {"use_labels": False, "holdout": None if preset == "digits" else 1}
     training = {"batch": batch, "device": device.type, "precision": precision, "augment": 0.0, "seed": seed}
+    training["compile"] = "on" if compiled else "off"
     request = TrainRequest(
         data=source, preset=preset, options={"data": model, "training": training}, noise_seed=_NOISE_SEED
     )
@@ -67,8 +76,14 @@ def make_trainer(
     return Trainer(RunFolder(run), World(device=device))
 
 
+def eager_copy(network: nn.Module) -> nn.Module:
+    network = copy.deepcopy(network)
+    compile_blocks(network, False)
+    return network
+
+
 def competitor(kind: str, trainer: Trainer, weights: dict[str, Tensor]) -> BaselineStep:
-    network = copy.deepcopy(trainer.network)
+    network = eager_copy(trainer.network)
     network.load_state_dict(weights)
     s = trainer.settings
     assert s.noise.sigma_tn is not None and s.noise.sigma_data is not None
@@ -183,6 +198,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images a step (default: 64 on a GPU, 2 to 64 on a CPU, by preset)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device computes in it")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write which operators a step of ours spends on")
+    parser.add_argument("--compile", action="store_true", help="ours with training.compile on")
     protocol.arguments(parser, rounds=15)
     arguments = parser.parse_args()
     device, preset = arguments.device, arguments.preset
@@ -191,11 +207,11 @@ def main() -> None:
     batch = arguments.batch or usual
     precision = arguments.precision or usual_precision(device)
     names = protocol.competitors_of(arguments)
-    work, size = f"train {preset} {precision}", f"batch {batch}"
+    work, size = f"train {preset} {precision}{' compiled' if arguments.compile else ''}", f"batch {batch}"
 
     with tempfile.TemporaryDirectory() as folder:
         before = peak_memory(device)
-        trainer = make_trainer(Path(folder), preset, batch, device, precision)
+        trainer = make_trainer(Path(folder), preset, batch, device, precision, compiled=arguments.compile)
         nimg = 0
 
         def ours() -> None:
@@ -208,6 +224,9 @@ def main() -> None:
                 ours()
         except torch.OutOfMemoryError:
             sys.exit(f"ours: {size} does not fit")
+        blocks = (m for m in trainer.network.modules() if isinstance(m, UNetBlock))
+        if arguments.compile and not all(block.compiled for block in blocks):
+            sys.exit("ours: compiling failed; no time is reported")
         used = {
             "predicted": predicted_memory(counts_of(trainer.settings), images=batch, bf16=precision == "bf16", ranks=1),
             "measured": max(0.0, float(peak_memory(device) - before)),  # a CPU's counters are some pages off
@@ -239,7 +258,7 @@ def main() -> None:
         rate = protocol.copy_rate(device)
         times = protocol.interleave(works, rounds=arguments.rounds, device=device, seconds=180)
         work_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        network = copy.deepcopy(trainer.network)
+        network = eager_copy(trainer.network)
         with without_dropout(network):
             floor = measure(network, pictures.images.float(), dtype=work_dtype, rate=rate)
         middle = statistics.median(times["ours"])
@@ -255,7 +274,7 @@ def main() -> None:
         step_profile.write(arguments.profile, device, work, size, step_profile.shares(profiled, middle))
     rows = protocol.rows_of(work, "ours", times, floor=floor.seconds, agreement=found, size=size)
     rows = [dataclasses.replace(row, mfu=floor.products / middle, memory=used) for row in rows]
-    unusual = "" if batch == usual else f"-{batch}"
+    unusual = ("" if batch == usual else f"-{batch}") + ("-compiled" if arguments.compile else "")
     protocol.write(rows, arguments, results=f"step_time-{preset}-{precision}{unusual}")
 
 

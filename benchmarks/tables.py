@@ -41,7 +41,7 @@ class Target:
 
 
 _CPU = r"cores, \d+ threads"
-_STREAMING = r"noise\+loss|group_norm_silu-.*|adam_ema"
+_STREAMING = r"noise\+loss|group_norm_silu-.*|residual-.*|adam_ema"
 TARGETS = (
     Target("H100", "train ffhq64-ncsnpp .*", "ratio", 5.0, "reference", "batch 64"),
     Target("H100", "train ffhq64-ncsnpp .*", "ratio", 1.25, "strong", "batch 64"),

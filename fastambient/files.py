@@ -18,6 +18,13 @@ from filelock import FileLock, Timeout
 from fastambient.errors import InputError
 
 
+def cache_folder(name: str) -> Path:
+    """`name` in $FASTAMBIENT_CACHE, else in $XDG_CACHE_HOME/fastambient, else in ~/.cache/fastambient."""
+    if own := os.environ.get("FASTAMBIENT_CACHE"):
+        return Path(own) / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastambient" / name
+
+
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         if hasattr(hashlib, "file_digest"):

@@ -20,6 +20,7 @@ from torch import nn
 from fastambient import models
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.diffusion.samplers import dpmpp_2m, heun
+from fastambient.models import layers
 from fastambient.nvml import Reading
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -267,6 +268,35 @@ def test_each_part_is_taken_out_alone(tmp_path, monkeypatch):
         parts.main()
 
 
+def test_compiled_steps_have_rows_of_their_own(tmp_path, monkeypatch):
+    """Ours alone is compiled: what it is compared with runs as it is. No time is taken where compiling failed."""
+    monkeypatch.setattr(protocol, "copy_rate", lambda device: 1e10)
+    inside = [0]
+
+    def begin(block, x, emb):
+        inside[0] += 1
+        return layers.UNetBlock._begin(block, x, emb)
+
+    def fails(block, x, emb):
+        raise RuntimeError("no compiler")
+
+    options = ["--device", "cpu", "--batch", "4", "--precision", "fp32", "--out", str(tmp_path), "--rounds", "5"]
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *options, "--compile"])
+    monkeypatch.setattr(layers, "_compiled_parts", lambda: (fails, layers.UNetBlock._finish))
+    with pytest.raises(SystemExit, match="compiling failed; no time is reported"):
+        step_time.main()
+    monkeypatch.setattr(layers, "_compiled_parts", lambda: (begin, layers.UNetBlock._finish))
+    calls = []
+    monkeypatch.setattr(
+        step_time, "measure", lambda network, *_, **__: calls.append(network) or floor.Floor(1e9, 1e-3, 1e-3)
+    )
+    monkeypatch.setattr(step_time, "report", lambda *_: None)
+    step_time.main()
+    (row,) = json.loads((tmp_path / "step_time-digits-fp32-4-compiled-cpu.json").read_text())["rows"]
+    assert row["work"] == "train digits fp32 compiled" and 0 < row["agreement"] < 2e-4 and inside[0] > 0
+    assert not any(m.compiled for m in calls[0].modules() if isinstance(m, layers.UNetBlock))
+
+
 def test_the_page_agrees_with_the_rows():
     """`make tables` changes nothing, and no measurement stands outside of a table."""
     page = tables.PAGE.read_text(encoding="utf-8")
@@ -419,7 +449,9 @@ def test_parts_of_a_suite(scale, device, tmp_path):
     scripts = {Path(part.command[0]).name for part in parts}
     assert scripts == {"-m", "kernels.py", "step_time.py", "sampling_latency.py"}
     targets = [
-        (p.command[0], p.command[2:6], p.command[p.command.index("--out") + 1]) for p in parts if "--out" in p.command
+        (p.command[0], p.command[2:6], "--compile" in p.command, p.command[p.command.index("--out") + 1])
+        for p in parts
+        if "--out" in p.command
     ]
     assert all(targets.count(target) == 1 for target in targets)
     names = [part.name for part in parts]

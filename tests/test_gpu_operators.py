@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from conftest import make_run
 from test_kernels_group_norm_silu import assert_within, errors, inputs
+from test_kernels_residual import assert_right, results
+from test_kernels_residual import inputs as residual_inputs
 
-from fastambient_kernels import ambient_loss, ambient_noise, dropout, group_norm_silu
+from fastambient_kernels import ambient_loss, ambient_noise, dropout, group_norm_silu, residual
 from fastambient_kernels.noise import random_words
 
 pytestmark = pytest.mark.gpu
@@ -34,6 +36,18 @@ def test_noise_and_loss(size, sigma_tn, F_dtype, image, layout):
 @pytest.mark.parametrize(("shape", "groups"), [((4, 256, 32, 32), 32), ((2, 24, 8, 8), 6), ((2, 96, 5, 7), 24), ((1, 1536, 8, 8), 32)])  # fmt: skip
 def test_group_norm_silu(dtype, last, shape, groups):
     assert_within(errors("triton", inputs(shape, last=last), groups, dtype, device="cuda"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+@pytest.mark.parametrize("shape", [(4, 256, 32, 32), (2, 24, 8, 8), (2, 96, 5, 7), (1, 1536, 8, 8)])
+def test_residual(dtype, last, bias, scale, shape):
+    made = residual_inputs(shape, bias=bias, last=last, dtype=dtype)
+    on_gpu = [v if v is None else v.cuda() for v in made]
+    found = results(lambda *leaves: residual(*leaves, scale=scale, impl="triton"), *on_gpu)
+    assert_right([v.cpu() for v in found], made, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 from fastambient.console import warn
 from fastambient.errors import InputError
 from fastambient.evaluation.embedders import Embedder
-from fastambient.files import write_bytes
+from fastambient.files import cache_folder, write_bytes
 from fastambient.pictures import as_pictures
 
 LIMIT = 4 * 2**30  # bytes in the cache; the newest file stays in any case
@@ -36,10 +36,8 @@ _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
 def default_cache() -> Path:
-    """$FASTAMBIENT_CACHE, else $XDG_CACHE_HOME/fastambient, else ~/.cache/fastambient; and in it ``features``."""
-    if own := os.environ.get("FASTAMBIENT_CACHE"):
-        return Path(own) / "features"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastambient" / "features"
+    """``features`` in the user's folder for caches: see `fastambient.files.cache_folder`."""
+    return cache_folder("features")
 
 
 def features(

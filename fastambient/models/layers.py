@@ -2,13 +2,15 @@
 
 The architectures are those of EDM (Karras et al. 2022, Appendix F), with EDM's parameter names and shapes, so that
 its weights load. The arrangement of the arithmetic is ours: 2x2 box resampling is pooling and repetition, a 1x1
-kernel runs on the smaller side of a resampling, attention is one fused call over [N, H*W, C] tokens.
+kernel runs on the smaller side of a resampling, attention is one fused call over [N, H*W, C] tokens, a residual branch
+ends in one pass with all biases.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastambient.errors import InputError
-from fastambient_kernels import conv2d, dropout, group_norm_silu
+from fastambient_kernels import conv2d, dropout, group_norm_silu, residual
 from fastambient_kernels.dropout import MAX_LAYERS, keep_mask
 
 DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `fastambient_kernels.dropout`
@@ -52,8 +54,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(init.draw((out_features, in_features), init.weight, *fans))
         self.bias = nn.Parameter(init.draw((out_features,), init.bias, *fans)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *, more: Tensor | None = None) -> Tensor:
+        """more : a second bias"""
+        bias = self.bias if more is None else more if self.bias is None else self.bias + more
+        return F.linear(x, self.weight, bias)
 
 
 class Conv2d(nn.Module):
@@ -92,18 +96,21 @@ class Conv2d(nn.Module):
             self.filter_pad = (len(resample_filter) - 1) // 2
             self.box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
+        """with_bias : False leaves the bias, which comes last whatever the order, to the caller"""
         pad = self.kernel // 2
+        bias = self.bias if with_bias and self.kernel else None
         if self.resample == "up":
             if self.kernel == 1:  # a 1x1 kernel commutes with the filter: a quarter of the arithmetic before it
-                return self._up(conv2d(x, self.weight)) + self.bias[:, None, None]
+                y = self._up(conv2d(x, self.weight))
+                return y if bias is None else y + bias[:, None, None]
             x = self._up(x)
         elif self.resample == "down_fused":
             # Filter and convolution commute on the zero-extended picture; in this order the convolution has stride 2.
-            return F.conv2d(self._filter(x, stride=1, pad=self.filter_pad + pad), self.weight, self.bias, stride=2)
+            return F.conv2d(self._filter(x, stride=1, pad=self.filter_pad + pad), self.weight, bias, stride=2)
         elif self.resample == "down":
             x = self._filter(x, stride=2, pad=self.filter_pad)
-        return conv2d(x, self.weight, self.bias) if self.kernel else x
+        return conv2d(x, self.weight, bias) if self.kernel else x
 
     def _filter(self, x: Tensor, *, stride: int, pad: int) -> Tensor:
         if self.box:
@@ -230,9 +237,11 @@ class UNetBlock(nn.Module):
     ----------
     recompute : activation checkpointing: nothing but the input is kept for the backward pass, which computes the block
         anew, with the same dropout mask
+    compiled : the parts before and after dropout run through torch.compile, set by `compile_blocks`
     """
 
     recompute = False
+    compiled = False
 
     def __init__(
         self, in_channels: int, out_channels: int, style: BlockStyle, layer: int, *,
@@ -278,21 +287,30 @@ class UNetBlock(nn.Module):
     def _compute(self, x: Tensor, emb: Tensor, key: DropoutKey | None, skip: Tensor | None) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
-        y = self.conv0(self.norm0(x))
-        params = self.affine(emb)
-        if self.adaptive_scale:
-            scale, shift = params.chunk(2, dim=1)
-            y = self.norm1(y, scale=scale, shift=shift)
-        else:
-            y = self.norm1(y, add=params)
-        y = self.conv1(self.dropout(y, key))
-        x = self._rescale(y + (x if self.skip is None else self.skip(x)))
-        return self._rescale(x + self._attend(x)) if self.heads else x
+        begin, finish = _compiled_parts() if self.compiled else (UNetBlock._begin, UNetBlock._finish)
+        return finish(self, self.dropout(begin(self, x, emb), key), x)
 
-    def _rescale(self, x: Tensor) -> Tensor:
-        return x if self.skip_scale == 1 else x * self.skip_scale
+    # A bias is never a pass of its own, as a GPU's libraries make it: conv0's is added with the embedding's before the
+    # second norm, the others with the shortcut. On a CPU, whose convolutions add it for nothing, this costs nothing.
+
+    def _begin(self, x: Tensor, emb: Tensor) -> Tensor:
+        y = self.conv0(self.norm0(x), with_bias=False)
+        if self.adaptive_scale:
+            scale, shift = self.affine(emb).chunk(2, dim=1)
+            return self.norm1(y, add=self.conv0.bias.expand(len(y), -1), scale=scale, shift=shift)
+        return self.norm1(y, add=self.affine(emb, more=self.conv0.bias))
+
+    def _finish(self, y: Tensor, x: Tensor) -> Tensor:
+        y = self.conv1(y, with_bias=False)
+        bias: Tensor = self.conv1.bias
+        if self.skip is not None:
+            x = self.skip(x, with_bias=False)
+            bias = bias + self.skip.bias if self.skip.kernel else bias
+        x = residual(y, x, bias, self.skip_scale)
+        return residual(x, self._attend(x), self.proj.bias, self.skip_scale) if self.heads else x
 
     def _attend(self, x: Tensor) -> Tensor:
+        """Attention without its last bias."""
         _, channels, height, width = x.shape
         tokens = self.norm2(x, silu=False).flatten(2).transpose(1, 2)  # [N, L, C], a view in channels-last
         # The output channels of qkv are laid out as (head, channel, q/k/v); attention wants the last one first.
@@ -301,7 +319,7 @@ class UNetBlock(nn.Module):
         bias = self.qkv.bias.unflatten(0, split).movedim(2, 0).flatten()
         qkv = F.linear(tokens, weight, bias).unflatten(2, (3, *split[:2]))  # [N, L, 3, heads, C/heads]
         y = scaled_dot_product(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
-        y = F.linear(y, self.proj.weight.flatten(1), self.proj.bias)
+        y = F.linear(y, self.proj.weight.flatten(1))
         return y.transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -324,6 +342,25 @@ def recompute_levels(network: nn.Module, levels: int) -> None:
         for name, block in part.items():  # type: ignore[operator, union-attr]
             if isinstance(block, UNetBlock):
                 block.recompute = name.startswith(names)
+
+
+@functools.cache
+def _compiled_parts() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """What comes before and after dropout in a block, which names its layer and would be another graph in each: so
+    blocks of equal shapes share their compiled code, because a graph has weights for inputs."""
+    begin, finish = (torch.compile(f, dynamic=False, fullgraph=True) for f in (UNetBlock._begin, UNetBlock._finish))
+    return begin, finish
+
+
+def compile_blocks(network: nn.Module, on: bool) -> None:
+    """Let the blocks run through torch.compile, or as they are; copies of the network do as it does."""
+    if on:  # a network has some twenty kinds of blocks, each with a graph of its own
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 256)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 1024)
+    for block in network.modules():
+        if isinstance(block, UNetBlock):
+            block.compiled = on
 
 
 def one_hot_or_zeros(labels: Tensor | None, like: Tensor, label_dim: int) -> Tensor:

@@ -94,6 +94,7 @@ class TrainingSettings:
     weight_decay: float = 0.0  # adam, apex: coupled (L2), adamw: decoupled
     precision: Literal["fp32", "bf16"] = "fp32"
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # a step as one CUDA graph; on: says so where there is none
+    compile: Literal["auto", "on", "off"] = "auto"  # blocks by torch.compile; auto: off, until it is seen to pay
     seed: int = 0  # of initialisation, data order, sigma and fresh noise
     augment: float = 0.0  # probability of each of EDM's geometric augmentations, clean regime only
     augment_ambient: Literal["none", "reference"] = "none"  # reference: also in the ambient regime, which leaks

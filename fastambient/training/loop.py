@@ -27,7 +27,7 @@ from fastambient.data.streaming import read_journal
 from fastambient.diffusion.ambient import share_message
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.errors import FastambientError
-from fastambient.models.layers import recompute_levels
+from fastambient.models.layers import compile_blocks, recompute_levels
 from fastambient.nvml import open_gpu
 from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
@@ -233,6 +233,7 @@ class Trainer:
         """The EMA weights of now, in a copy of the network: training's own stays as it is."""
         if not hasattr(self, "ema_network"):
             self.ema_network = copy.deepcopy(self.network).eval().requires_grad_(False)
+            compile_blocks(self.ema_network, False)  # for a few pictures it would take longer than they do
         self.ema_network.load_state_dict(self.network.state_dict() | ema_weights(self.optimizer, self.names))
         assert self.settings.noise.sigma_data is not None
         return EDMDenoiser(self.ema_network, sigma_data=self.settings.noise.sigma_data, label_dim=self.num_classes)

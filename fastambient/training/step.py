@@ -24,6 +24,7 @@ from fastambient.data.augment import augment
 from fastambient.data.loaders import Batch, Fields, Loader
 from fastambient.diffusion.edm import draw_sigma
 from fastambient.errors import InputError
+from fastambient.training import compile as compiling
 from fastambient.training.config import Settings
 from fastambient.training.distributed import World
 from fastambient.training.graph import GraphedIteration, why_no_graph
@@ -92,6 +93,7 @@ class TrainingStep:
         self.fields = loader.static()
         self.lr, self.ema_beta, *_ = self.numbers = torch.zeros(4, dtype=torch.float64, device=world.device)
         self._prepared: tuple[int, Fields] | None = None  # images seen and batch of the step to come
+        self._to_compile = compiling.wanted(settings.training)
         reason = why_no_graph(settings.training, world)
         self.run: Callable[[], Tensor] = self.iteration
         if reason is None:
@@ -111,6 +113,9 @@ class TrainingStep:
         self.numbers.copy_(numbers, non_blocking=True)
         for group in self.optimizer.param_groups:  # a restored optimizer has a copy
             group["lr"] = self.lr
+        if self._to_compile:
+            self._to_compile = False
+            compiling.compile_network(self.network, self._probe, tell=self.world.first)
         clock = _Clock(self.world.device)
         results = self.run()
         clock.launched()
@@ -124,6 +129,13 @@ class TrainingStep:
             float(bins[0].sum()) / t.batch, lr, norm, int(bad), draws / t.batch, stop=stops > 0, line=lines > 0,
             data_wait=waited,
         )  # fmt: skip
+
+    def _probe(self) -> None:
+        """The network forward and backward on the first micro-batch of static memory; leaves nothing."""
+        with contextlib.nullcontext() if self.world.size == 1 else self.parallel.no_sync():  # type: ignore[operator]
+            _, loss = self.forward(self.loader.batch(self.fields, slice(0, self.micro)))
+            loss.sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _prepare(self, nimg: int) -> Fields:
         """The host's part of this rank's batch of the step after `nimg` images."""

@@ -23,6 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from fastambient_kernels.aot_gates import Row
 
@@ -56,6 +58,30 @@ class AotCase:
     maxnreg: int | None = None  # passed to the compiler, as the launcher does
     amd_warps: int | None = None  # num_warps on AMD, if the launcher takes another there: its warps have 64 lanes
     targets: tuple[str, ...] = ()  # where it is used: names of aot_gates.TARGETS; empty is all
+
+
+def launched(
+    name: str, kernel: Any, programs: int, arguments: Sequence[Any], constants: dict[str, Any], **fields: Any
+) -> AotCase:
+    """The case of a launch with these arguments (tensors, numbers, None), specialised as Triton does for them."""
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    constexprs = dict(constants)
+    warps, signature, attrs, moved = constexprs.pop("num_warps"), {}, {}, 0
+    for argument, value in zip(kernel.arg_names, arguments, strict=False):
+        if value is None or (type(value) is int and value == 1):
+            constexprs[argument] = value
+        elif isinstance(value, torch.Tensor):
+            signature[argument] = f"*{types[value.dtype]}"
+            attrs[argument] = 16
+            moved += value.nbytes
+        else:
+            signature[argument] = "fp32" if isinstance(value, float) else "i32"
+            if signature[argument] == "i32" and value % 16 == 0:
+                attrs[argument] = 16
+    return AotCase(
+        name=name, kernel=kernel, signature=signature, constexprs=constexprs, attrs=attrs, num_warps=warps,
+        elements=moved // programs, **fields,
+    )  # fmt: skip
 
 
 def all_cases() -> list[AotCase]:

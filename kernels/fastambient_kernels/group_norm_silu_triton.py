@@ -200,30 +200,15 @@ _IN_USE = [  # shape of x, groups, dtype, channels-last, optional inputs
 
 def aot_cases() -> list[AotCase]:
     """What the launchers launch on 132 multiprocessors for `_IN_USE`, specialised as Triton does for its arguments."""
-    from fastambient_kernels.aot import AotCase
+    from fastambient_kernels.aot import launched
 
     cases: dict[str, AotCase] = {}
 
     def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        warps = constants.pop("num_warps")
-        signature, attrs, moved = {}, {}, 0
-        for name, value in zip(kernel.arg_names, arguments, strict=False):
-            if value is None or (type(value) is int and value == 1):
-                constants[name] = value
-            elif isinstance(value, Tensor):
-                signature[name] = f"*{_TYPES[value.dtype]}"
-                attrs[name] = 16
-                moved += value.nbytes
-            else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
-                if signature[name] == "i32" and value % 16 == 0:
-                    attrs[name] = 16
-        streamed = tuple(name for name in ("x", "dy", "y", "dx") if name in signature)
+        streamed = tuple(a for a in ("x", "dy", "y", "dx") if a in kernel.arg_names)
         name = f"group_norm_silu {kernel.__name__} {title if streamed else ''}".strip()
-        cases.setdefault(name, AotCase(
-            name=name, kernel=kernel, signature=signature, constexprs=constants, attrs=attrs, num_warps=warps,
-            streamed=streamed, tails=("x",) if kernel is kernels.partial_moments else (), elements=moved // programs,
-        ))  # fmt: skip
+        tails = ("x",) if kernel is kernels.partial_moments else ()
+        cases.setdefault(name, launched(name, kernel, programs, arguments, constants, streamed=streamed, tails=tails))
 
     for shape, groups, dtype, last, optional in _IN_USE:
         n, c = shape[:2]

@@ -3,15 +3,12 @@
 #include <memory>
 #include <optional>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "group_norm_silu.h"
+#include "tensors.h"
 
 FA_DECLARE(void, gns_begin, (const GroupNormJob& job, int64_t unit, const GroupNormState& state))
 FA_DECLARE(void, gns_partial,
@@ -86,17 +83,6 @@ void run_pieces(const GroupNormJob& job, int64_t grain) {
   });
 }
 
-// Ask for 2 MiB pages under a large output. It is mostly fresh memory, and faults on 4 KiB pages then cost several times
-// what the arithmetic does. A hint: it changes nothing where memory is in use already, or where the system has none.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 void run(const GroupNormJob& job) {
   const int64_t unit_elements = job.pixels * job.unit_channels;
   const int64_t elements = job.units * unit_elements;
@@ -147,31 +133,6 @@ float* floats(const Tensor& t, const char* name, int64_t count) {
   return static_cast<float*>(t.data_ptr());
 }
 
-// One of the two dense layouts: channels side by side (true) or pixels side by side.
-bool is_channels_last(const Tensor& t) {
-  if (t.is_contiguous()) {
-    int64_t pixels = 1;
-    for (int64_t d = 2; d < t.dim(); ++d) pixels *= t.size(d);
-    return pixels == 1;
-  }
-  int64_t expected = t.size(1);
-  bool dense = t.size(1) == 1 || t.stride(1) == 1;
-  for (int64_t d = t.dim() - 1; d >= 2; --d) {
-    dense = dense && (t.size(d) == 1 || t.stride(d) == expected);
-    expected *= t.size(d);
-  }
-  dense = dense && (t.size(0) == 1 || t.stride(0) == expected);
-  STD_TORCH_CHECK(dense, "group_norm_silu: x must be contiguous or channels-last");
-  return true;
-}
-
-void check_like(const Tensor& t, const Tensor& x, const char* name) {
-  bool same = t.is_cpu() && t.scalar_type() == x.scalar_type() && t.dim() == x.dim();
-  for (int64_t d = 0; same && d < x.dim(); ++d)
-    same = t.size(d) == x.size(d) && (x.size(d) == 1 || t.stride(d) == x.stride(d));
-  STD_TORCH_CHECK(same, "group_norm_silu: ", name, " must have the dtype, shape and memory format of x");
-}
-
 GroupNormJob describe(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
                       const std::optional<Tensor>& shift, const std::optional<Tensor>& add, const Tensor& out,
                       const Tensor& mean, const Tensor& rstd, int64_t groups, bool silu, bool backward) {
@@ -181,7 +142,7 @@ GroupNormJob describe(const Tensor& x, const Tensor& weight, const Tensor& bias,
   GroupNormJob job{};
   job.backward = backward;
   job.low_precision = dtype == ScalarType::BFloat16;
-  job.channels_last = is_channels_last(x);
+  job.channels_last = is_channels_last(x, "group_norm_silu");
   job.silu = silu;
   job.samples = x.size(0);
   job.channels = x.size(1);
@@ -190,7 +151,7 @@ GroupNormJob describe(const Tensor& x, const Tensor& weight, const Tensor& bias,
   STD_TORCH_CHECK(x.numel() > 0, "group_norm_silu: x is empty");
   STD_TORCH_CHECK(groups > 0 && job.channels % groups == 0, "group_norm_silu: ", groups, " groups cannot share ",
                   job.channels, " channels equally");
-  check_like(out, x, "the output");
+  check_like(out, x, "group_norm_silu", "the output");
   job.x = x.const_data_ptr();
   job.out = out.data_ptr();
   job.weight = floats(weight, "weight", job.channels);
@@ -218,7 +179,7 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tenso
               const Tensor& d_weight, const Tensor& d_bias, const std::optional<Tensor>& d_scale,
               const std::optional<Tensor>& d_add, int64_t groups, bool silu) {
   GroupNormJob job = describe(x, weight, bias, scale, shift, add, dx, mean, rstd, groups, silu, true);
-  check_like(dy, x, "dy");
+  check_like(dy, x, "group_norm_silu", "dy");
   job.dy = dy.const_data_ptr();
   const int64_t count = job.samples * job.channels;
   job.sum_dv = floats(sum_dv, "sum_dv", count);
