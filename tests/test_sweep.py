@@ -101,6 +101,7 @@ def test_the_table_says_what_it_holds_and_the_curve_is_drawn(tmp_path):
     sweep_plot.plot_pareto(tmp_path / "pareto", summary)
     assert (tmp_path / "pareto.svg").read_text() == first
     assert "<!-- lower left is better; bars: 95 % over seeds; dotted: target -->" in svg
+    assert "<!-- FD-1k vs held-out (pixel) -->" in svg
     sweep_plot.plot_pareto(tmp_path / "one", summarize(rows[:5], target=0.05, within=0.1))
     assert "<!-- lower left is better; one seed; dotted: target -->" in (tmp_path / "one.svg").read_text()
 
