@@ -9,7 +9,13 @@ from scipy.stats import binom
 
 from fastambient.errors import InputError
 from fastambient.evaluation import memorization, nearest
-from fastambient.evaluation.memorization import bootstrap_interval, copies_per_image, distinct, nearest_two
+from fastambient.evaluation.memorization import (
+    bootstrap_interval,
+    copies_per_image,
+    distinct,
+    excess_interval,
+    nearest_two,
+)
 
 
 def _random(n: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> np.ndarray:
@@ -136,6 +142,29 @@ def test_the_interval_covers_the_true_rate_whatever_it_is(n):
 def test_one_copy_is_no_less_alarming_than_none():
     ends = np.array([bootstrap_interval(np.arange(100) < hits) for hits in range(10)])
     assert (np.diff(ends, axis=0) >= 0).all() and (np.diff(ends[:, 1]) > 0).all()
+
+
+@pytest.mark.parametrize(("up", "down"), [(0.0, 0.0), (0.002, 0.0), (0.02, 0.02), (0.1, 0.01), (0.3, 0.0), (0.97, 0.0)])
+def test_the_interval_of_an_excess_covers_it(up, down):
+    generator, n, inside = np.random.default_rng(4), 200, 0
+    for seed in range(300):
+        kind = generator.choice(4, n, p=[up, down, (1 - up - down) / 4, 3 * (1 - up - down) / 4])
+        low, high = excess_interval(np.isin(kind, (0, 2)), np.isin(kind, (1, 2)), seed=seed)
+        assert -1 <= low < high <= 1
+        inside += low <= up - down <= high
+    assert inside / 300 >= 0.9
+
+
+def test_the_interval_of_an_excess_follows_its_seed_and_knows_pairs():
+    hits = np.arange(400) < 100
+    control = hits & (np.arange(400) >= 60)  # the control's hits are hits of both: 60 are the training set's alone
+    low, high = excess_interval(hits, control, resamples=20_000)
+    half = 1.96 * np.sqrt(0.15 * 0.85 / 400)
+    assert (low, high) == pytest.approx((0.15 - half, 0.15 + half), abs=0.004)
+    assert excess_interval(hits, control, seed=1) == excess_interval(hits, control, seed=1)
+    assert excess_interval(hits, control, resamples=50, seed=1) != excess_interval(hits, control, resamples=50, seed=2)
+    # No sample is a hit of one side alone: both shares are at most 1 - 0.0125^(1/400) off.
+    assert excess_interval(hits, hits) == pytest.approx((-(1 - 0.0125 ** (1 / 400)), 1 - 0.0125 ** (1 / 400)))
 
 
 def test_bad_input():

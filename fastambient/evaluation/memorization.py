@@ -141,6 +141,29 @@ def bootstrap_interval(hits: np.ndarray, *, resamples: int = 1000, seed: int = 0
     return float(low), float(high)
 
 
+def excess_interval(
+    hits: np.ndarray, control: np.ndarray, *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap 95 % interval of the share of hits less that of the control, over the same samples.
+
+    Both are resampled together, sample by sample, so only those that are a hit on one side alone matter; their two
+    numbers are multinomial. Where there are fewer than `FEW_HITS` of them, or of the others, the ends are those of both
+    numbers' exact binomial intervals at 97.5 %, which together hold in at least 95 % of cases.
+
+    Parameters
+    ----------
+    hits, control: bool [N], N >= 1: is each sample a hit among the training images, and among the control's?
+    """
+    n, up, down = len(hits), int((hits & ~control).sum()), int((control & ~hits).sum())
+    if min(up + down, n - up - down) < FEW_HITS:
+        a, b = (binomtest(count, n).proportion_ci(0.975, method="exact") for count in (up, down))
+        return float(a.low - b.high), float(a.high - b.low)
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(n, [up / n, down / n, (n - up - down) / n], size=resamples)
+    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def copies_per_image(neighbours: Neighbours, threshold: float = 1 / 3) -> dict[int, int]:
     """How often each image is the nearest neighbour of a copy: {position: copies}, most copied first, without zeros."""
     position, count = np.unique(neighbours.index[neighbours.copies(threshold), 0], return_counts=True)

@@ -177,8 +177,7 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
             Figure(
                 COPYING, f"Excess above {level}", space,
                 "The same less its share among equally many held-out images: what chance does not explain.",
-                _share(excess), "no held-out images" if control is None else f"held-out {percent(control)}",
-                "lower",
+                _share(excess), _beside(s.get(f"excess_{level}_ci95"), control), "lower",
             ),
         ]  # fmt: skip
     control, equal = s.get("holdout_mean"), at(s, "control/train_mean")
@@ -193,6 +192,15 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
         )
     )  # fmt: skip
     return rows
+
+
+def _beside(ci95: Sequence[float] | None, control: float | None) -> str:
+    """An excess's interval, and the control's share."""
+    if control is None:
+        return "no held-out images"
+    # It may begin below 0, where a dash between the ends would be read twice.
+    ends = "" if ci95 is None else " to ".join(number(round(100 * side, 1)) for side in ci95) + "\N{NO-BREAK SPACE}%, "
+    return f"{ends}held-out {percent(control)}"
 
 
 def _likeness(metrics: dict[str, Any]) -> list[Figure]:
