@@ -39,6 +39,32 @@ _SORT = """name => {
   document.body.getBoundingClientRect();
   return performance.now() - before;
 }"""
+# Text whose contrast to the colour behind it is below WCAG's 4.5, and what is shown or used without a name.
+_FAINT = """() => {
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const colour = numbers(getComputedStyle(e).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const faint = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let seen = 0;
+  while (walk.nextNode()) {
+    const text = walk.currentNode.textContent.trim(), e = walk.currentNode.parentElement;
+    if (!text || !e.getClientRects().length || e.closest("svg, button:disabled, option")) continue;
+    const [a, b] = [numbers(getComputedStyle(e).color), behind(e)].map(light);
+    if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5) faint.push(text);
+    seen += 1;
+  }
+  return [seen, faint];
+}"""
+_NAMELESS = """() => [...document.querySelectorAll("img, input, select, button, canvas, [role=img], [role=region]")].filter(
+  e => !(e.alt || e.getAttribute("aria-label") || e.labels?.length || e.textContent.trim()
+         || e.closest("[aria-label], [aria-hidden]"))).map(e => e.outerHTML.slice(0, 80))"""
 _DRAWN = """() => {
   const all = [...document.querySelectorAll("#pairs canvas")];
   return all.length > 0 && all.every(c => c.dataset.drawn === c.dataset.key);
@@ -315,6 +341,17 @@ def test_what_a_screen_reader_finds(visit, two):
     assert page.locator("b").count() == 0, "names are text"
     levels = page.eval_on_selector_all("h1,h2,h3,h4", "all => all.map(h => Number(h.tagName[1]))")
     assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_and_all_pictures_have_names(visit, two, scheme):
+    page = visit(two[0], color_scheme=scheme)
+    seen, faint = page.evaluate(_FAINT)
+    assert seen > 300 and faint == []
+    assert page.evaluate(_NAMELESS) == []
+    page.evaluate("document.documentElement.style.setProperty('--soft', '#777777')")
+    page.evaluate("document.querySelector('.copied img').alt = ''")
+    assert len(page.evaluate(_FAINT)[1]) > 50 and len(page.evaluate(_NAMELESS)) == 1, "it would be seen"
 
 
 def test_all_of_it_can_be_reached_by_tab(visit, two):
