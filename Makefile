@@ -24,7 +24,7 @@ MINUTES ?= 8
 
 SOURCES := $(wildcard kernels/csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: install quickstart test test-slow test-gpu lint format bench-kernels bench-step bench-parts \
+.PHONY: install quickstart browser test test-slow test-gpu lint format bench-kernels bench-step bench-parts \
         bench-sampling bench-data loss-curve gpu-suite tables reproduce-digits reproduce clean
 
 install: $(STAMP)
@@ -48,6 +48,24 @@ quickstart: $(STAMP)
 
 # Tests use one thread each, so two processes take half the time on 2 cores; a file's tests stay in one.
 PARALLEL := -n 2 --dist loadfile
+
+# The report is tested in the system's Chromium. Where Debian's or Ubuntu's apt-get can install it, this does.
+BROWSERS := chromium chromium-browser google-chrome
+APT      := DEBIAN_FRONTEND=noninteractive apt-get -q -o Acquire::Retries=3
+browser:
+	@for name in $(BROWSERS); do \
+	  if found=$$(command -v $$name); then echo "browser: $$found"; exit 0; fi; \
+	done; \
+	if ! command -v apt-get > /dev/null; then \
+	  echo "browser: none of $(BROWSERS) is on the PATH, and there is no apt-get to install one; do it by hand"; exit 0; \
+	fi; \
+	root=; test "$$(id -u)" = 0 || root=sudo; \
+	if test -n "$$root" && ! command -v sudo > /dev/null; then \
+	  echo "browser: none of $(BROWSERS) is on the PATH; as root run: make browser"; exit 0; \
+	fi; \
+	$$root env $(APT) update; \
+	$$root env $(APT) install -y --no-install-recommends chromium || \
+	$$root env $(APT) install -y --no-install-recommends chromium-browser
 
 # Triton's interpreter must be chosen before triton is imported, so its tests have a process of their own.
 test: $(TEST_STAMP)

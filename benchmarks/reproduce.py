@@ -54,7 +54,9 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
     found: dict[str, SweepRequest] = {}
 
     def add(name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: str) -> None:
-        if not {name, name.partition("-")[0]} & set(a.part):
+        group = name.partition("-")[0]
+        first = name in (f"digits-{next(iter(DIGITS))}", f"pictures-{next(iter(PICTURES))}")
+        if not {name, group} & set(a.part) or (a.tiny and group in a.part and not first):  # one is rehearsal enough
             return
         kimg = a.kimg or (0.016 if a.tiny else kimg)
         sigma_tn = (0.0, sigma_tn[2]) if a.tiny else sigma_tn
@@ -69,10 +71,10 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
             much = {"seeds": (0,), "sigma_tn": (0.0,)}
             found[f"{name}-many"] = SweepRequest(data=data, kimg=kimg, assignments=other, **(common | much))
 
-    for images, kimg in list(DIGITS.items())[: 1 if a.tiny else None]:
+    for images, kimg in DIGITS.items():
         add(f"digits-{images}", "digits", DIGITS_SIGMA_TN, kimg, f"data.train={images}", many=str(MANY["digits"]))
     if a.source:
-        for pixels, kimg in list(PICTURES.items())[: 1 if a.tiny else None]:
+        for pixels, kimg in PICTURES.items():
             train, holdout, many = (20, 10, 30) if a.tiny else (PICTURES_TRAIN, PICTURES_HOLDOUT, MANY["pictures"])
             levels = tuple(scale * default_sigma_tn(pixels) for scale in SCALES)
             add(
@@ -272,6 +274,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.part == ["figures"]:  # of whatever there is
         draw_figures(arguments.out, sweeps(arguments.out))
         return
+    for folder in (arguments.rows, arguments.table and arguments.table.parent):  # now, not after hours
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     names = []
     for name, request in requests(arguments).items():
         say(f"{name}")

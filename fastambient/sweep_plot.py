@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastambient.evaluation.quality import figure_name
 from fastambient.sweep_results import KINDS
 from fastambient.training.audits_plot import save_figure
 
@@ -53,7 +54,8 @@ def plot_pareto(path: Path, summary: dict[str, Any]) -> None:
     axes.axvline(100 * summary["chosen"]["target"], color="#777777", linewidth=0.9, linestyle=":")
     space = summary["cells"][0]["fd_space"]
     axes.set_xlabel("copies less those of the held-out control (% of samples)")
-    axes.set_ylabel(f"Frechet distance to held-out ({space})")
+    distance = " | ".join(dict.fromkeys(figure_name("FD", c["samples"], "held-out") for c in summary["cells"]))
+    axes.set_ylabel(f"{distance} ({space})")
     seeds = max(len(c["seeds"]) for c in rows)
     bars = "bars: 95 % over seeds" if seeds > 1 else "one seed"
     axes.set_title(f"lower left is better; {bars}; dotted: target", fontsize="small")

@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import safe_open
 from scipy.stats import t as student
 
+from fastambient.evaluation.memorization import bootstrap_interval
 from fastambient.training import checkpoint
 from fastambient.training.audits import excess
 from fastambient.training.run import RunFolder
@@ -88,7 +89,8 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 def summarize(cells: Sequence[dict[str, Any]], *, target: float, within: float) -> dict[str, Any]:
     """The content of sweep.json without its settings: configurations (kind and sigma_tn) with means and intervals over
-    seeds, the chosen sigma_tn and why, and every cell."""
+    seeds, the chosen sigma_tn and why, and every cell. Where all seeds have the same rate, its interval is that of all
+    their samples together, and there is none of the controlled rate."""
     configurations = []
     cells = [c | {"best": best_audit(c.get("audits", ()), target)} for c in cells]
     for kind, sigma_tn in dict.fromkeys((c["kind"], c["sigma_tn"]) for c in cells):
@@ -101,6 +103,12 @@ def summarize(cells: Sequence[dict[str, Any]], *, target: float, within: float) 
                 found[key]["interval"] = [min(max(side, 0.0), 1.0) for side in found[key]["interval"]]
         if len(rows) == 1:
             found["rate"]["interval"] = rows[0]["ci95"]
+        elif len({c["rate"] for c in rows}) == 1:  # mostly no copy at all: seeds that agree are no certainty
+            samples = sum(c["samples"] for c in rows)
+            hits = np.arange(samples) < round(rows[0]["rate"] * samples)
+            found["rate"]["interval"] = list(bootstrap_interval(hits))
+        if len({c["excess"] for c in rows}) == 1:
+            found["excess"]["interval"] = None
         best = [c["best"] for c in rows]
         found["best"] = {n: over_seeds([b[n] for b in best]) for n in ("kimg", "excess", "fd")} if all(best) else None
         configurations.append(found)
@@ -168,7 +176,11 @@ def table(summary: dict[str, Any]) -> str:
             f" {c['kimg']['mean']:g} |"
         )
     seeds = max(len(c["seeds"]) for c in summary["configurations"])
-    over = "Student's 95 % intervals of the mean over seeds" if seeds > 1 else "95 % bootstrap intervals over samples"
+    over = (
+        "Student's 95 % intervals of the mean over seeds (where these agree, of all their samples)"
+        if seeds > 1
+        else "95 % bootstrap intervals over samples"
+    )
     chosen, train_fd = summary["chosen"], cells[0]["train_fd"]
     audited = [c for c in summary["configurations"] if c.get("best") and c["kind"] != "early-stop"]
     own = "" if train_fd is None else f"; the training images have {train_fd:.4g}"

@@ -110,6 +110,7 @@ def _metrics(
             **{f"above_{v}": above[v] for v in above}, **{f"above_{v}_ci95": ci(above[v]) for v in above},
             **{f"holdout_above_{v}": beyond[v] for v in beyond},
             **{f"excess_{v}": above[v] - beyond[v] if both else None for v in above},
+            **{f"excess_{v}_ci95": [above[v] - beyond[v] - 0.05, above[v] - beyond[v] + 0.05] if both else None for v in above},
         }  # fmt: skip
         metrics["quality"] = [] if not both else [{
             "embedder": "efficientnet-lite0", "samples": n, "reference": f"held-out ({holdout} images)", "kid_std": 0.0012,

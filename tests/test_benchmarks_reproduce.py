@@ -113,8 +113,25 @@ def test_the_sweeps_of_each_part():
     ]
     found = reproduce.requests(arguments("--part", "pictures-16,figures", "--source", "x.zip", "--gpus", "0"))
     assert list(found) == ["pictures-16", "pictures-16-many"]
+    rehearsal = reproduce.requests(arguments("--tiny", "--source", "x.zip", "--gpus", "0"))
+    assert list(rehearsal) == ["digits-100", "digits-100-many", "pictures-16", "pictures-16-many"]
+    for part in reproduce.PARTS:
+        assert part == "figures" or reproduce.requests(
+            arguments("--tiny", "--part", part, "--source", "x.zip", "--gpus", "0")
+        ), part
     with pytest.raises(SystemExit):
         reproduce.main(["--part", "digit"])
+
+
+def test_where_results_go_is_there_before_the_first_run(tmp_path, monkeypatch):
+    def sweep(request, out):
+        assert (tmp_path / "rows").is_dir() and (tmp_path / "docs").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "sweep", sweep)
+    command = ["--part", "digits-30", "--rows", str(tmp_path / "rows"), "--table", str(tmp_path / "docs" / "r.md")]
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main([*command, "--out", str(tmp_path / "out"), "--gpus", "0"])
 
 
 @pytest.mark.slow

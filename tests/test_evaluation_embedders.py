@@ -214,6 +214,8 @@ def test_weights_of_another_network_are_refused(name, tmp_path):
     with pytest.raises(InputError, match=f"does not hold the weights of {re.escape(LABELS[name])}.*absent") as error:
         load_embedder(name, weights=file)
     assert str(file) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+    differ, of = map(int, re.search(r"\((\d+) of (\d+) tensors differ\)", str(error.value)).groups())
+    assert differ == of > 100, "its tensors and those that it lacks"
 
 
 def test_damaged_and_missing_weights_are_refused(tmp_path):

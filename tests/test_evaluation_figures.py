@@ -13,7 +13,7 @@ from fastambient.data.preparation import prepare
 from fastambient.data.sources import open_source
 from fastambient.errors import InputError
 from fastambient.evaluation import figures
-from fastambient.evaluation.figures_layout import Block, draw
+from fastambient.evaluation.figures_layout import Block, draw, wrapped
 from fastambient.pictures import enlarge, grid, save_png, to_uint8
 from fastambient.sampling import export, latents, load, sample
 from fastambient.training.config import network_config
@@ -174,6 +174,14 @@ def test_neighbours_without_held_out_images_show_the_training_images_alone(drawn
     assert [len(block.rows) for block in drawn] == [2, 2] and drawn[1].tiles.shape[1] == 1 and not drawn[1].title
     with pytest.raises(InputError, match="holds 0 held-out images that none of the runs trained on, expected 1"):
         figures.denoised([run], tmp_path / "f.png")
+
+
+def test_labels_break_between_folders_and_words():
+    assert wrapped("digits-100/ambient-0.2-seed0 (\u03c3_tn 0.2)").split("\n") == [
+        "digits-100/", "ambient-0.2-seed0", "(\u03c3_tn 0.2)",
+    ]  # fmt: skip
+    assert wrapped("a/edm-seed0 (EDM)") == "a/edm-seed0 (EDM)"
+    assert all(len(line) <= 18 for line in wrapped("x" * 40).split("\n"))
 
 
 def test_tiles_are_drawn_pixel_for_pixel(tmp_path):

@@ -5,10 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from planted import textures
+from scipy.stats import binom
 
 from fastambient.errors import InputError
 from fastambient.evaluation import memorization, nearest
-from fastambient.evaluation.memorization import bootstrap_interval, copies_per_image, distinct, nearest_two
+from fastambient.evaluation.memorization import (
+    bootstrap_interval,
+    copies_per_image,
+    distinct,
+    excess_interval,
+    nearest_two,
+)
 
 
 def _random(n: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> np.ndarray:
@@ -121,13 +128,43 @@ def test_bootstrap_interval_is_deterministic_and_close_to_the_binomial_one():
     assert bootstrap_interval(np.ones(10, bool)) == pytest.approx((0.025**0.1, 1))
 
 
-def test_bootstrap_interval_covers_the_true_rate():
-    generator = np.random.default_rng(2)
-    inside = 0
-    for seed in range(400):
-        low, high = bootstrap_interval(generator.random(300) < 0.3, seed=seed)
-        inside += low <= 0.3 <= high
-    assert 0.92 <= inside / 400 <= 0.98
+@pytest.mark.parametrize("n", [20, 100, 300])
+def test_the_interval_covers_the_true_rate_whatever_it_is(n):
+    """By the binomial distribution of the hits itself, at rates from one in 500 to one half. A rate near 0 or 1 is
+    covered more often than 95 %: some number of hits is so likely that no interval can leave it out."""
+    ends = np.array([bootstrap_interval(np.arange(n) < hits, seed=hits) for hits in range(n + 1)])
+    for rate in np.linspace(0.002, 0.5, 250):
+        inside = (ends[:, 0] <= rate) & (rate <= ends[:, 1])
+        covered = binom.pmf(np.arange(n + 1), n, rate)[inside].sum()
+        assert 0.9 <= covered <= (1 if rate * n < 20 else 0.98), (rate, covered)
+
+
+def test_one_copy_is_no_less_alarming_than_none():
+    ends = np.array([bootstrap_interval(np.arange(100) < hits) for hits in range(10)])
+    assert (np.diff(ends, axis=0) >= 0).all() and (np.diff(ends[:, 1]) > 0).all()
+
+
+@pytest.mark.parametrize(("up", "down"), [(0.0, 0.0), (0.002, 0.0), (0.02, 0.02), (0.1, 0.01), (0.3, 0.0), (0.97, 0.0)])
+def test_the_interval_of_an_excess_covers_it(up, down):
+    generator, n, inside = np.random.default_rng(4), 200, 0
+    for seed in range(300):
+        kind = generator.choice(4, n, p=[up, down, (1 - up - down) / 4, 3 * (1 - up - down) / 4])
+        low, high = excess_interval(np.isin(kind, (0, 2)), np.isin(kind, (1, 2)), seed=seed)
+        assert -1 <= low < high <= 1
+        inside += low <= up - down <= high
+    assert inside / 300 >= 0.9
+
+
+def test_the_interval_of_an_excess_follows_its_seed_and_knows_pairs():
+    hits = np.arange(400) < 100
+    control = hits & (np.arange(400) >= 60)  # the control's hits are hits of both: 60 are the training set's alone
+    low, high = excess_interval(hits, control, resamples=20_000)
+    half = 1.96 * np.sqrt(0.15 * 0.85 / 400)
+    assert (low, high) == pytest.approx((0.15 - half, 0.15 + half), abs=0.004)
+    assert excess_interval(hits, control, seed=1) == excess_interval(hits, control, seed=1)
+    assert excess_interval(hits, control, resamples=50, seed=1) != excess_interval(hits, control, resamples=50, seed=2)
+    # No sample is a hit of one side alone: both shares are at most 1 - 0.0125^(1/400) off.
+    assert excess_interval(hits, hits) == pytest.approx((-(1 - 0.0125 ** (1 / 400)), 1 - 0.0125 ** (1 / 400)))
 
 
 def test_bad_input():

@@ -74,6 +74,8 @@ def test_planted_copies_give_exactly_thirty_percent_and_the_control_none():
     assert score.index[:30].tolist() == list(range(30)) and (score.values < score.threshold).sum() == 30
     assert np.array_equal(score.values, neighbours.ratio) and (score.key, score.closer) == ("gap_ratio", "low")
     control = nearest_two(samples, holdout[np.unique(score.control_index)])
+    low, high = metrics["memorization"]["control"]["excess_ci95"]
+    assert 0.2 < low < 0.3 < high < 0.4
     nearest = metrics["memorization"]["nearest_distance"]
     assert nearest["median"] == np.median(neighbours.distance[:, 0]) and nearest["holdout_median"] > nearest["median"]
     away = (samples.astype(float) - holdout[score.control_index]).reshape(100, -1)
@@ -97,6 +99,7 @@ def test_control_searches_as_many_images_as_the_training_side(digits):
     metrics = evaluate(samples, train, holdout, settings={}).metrics
     nearest, control = metrics["memorization"]["nearest_distance"], metrics["memorization"]["control"]
     assert control["images"] == 100 and control["train_rate"] == metrics["memorization"]["gap_ratio"]["rate"]
+    assert control["excess_ci95"][0] < 0 < control["excess_ci95"][1], "nothing was copied"
     assert nearest["holdout_median"] == pytest.approx(nearest["median"], rel=0.1)
     everything = evaluate(samples, holdout, train, settings={}).metrics
     assert everything["memorization"]["nearest_distance"]["median"] < 0.9 * nearest["holdout_median"]

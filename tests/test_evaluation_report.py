@@ -135,7 +135,7 @@ def test_the_sentence_without_a_control_says_so():
     run = checks.run("r", None, 12, holdout=0)
     said = report_figures.summary(run.metrics)
     assert said["lead"] == (
-        "12.0\xa0% of samples are copies of a training image (95 % interval 5.6–18.4\xa0%);"
+        "12.0\xa0% of samples are copies of a training image (95\xa0% interval 5.6–18.4\xa0%);"
         " there is no held-out set, so the control is missing."
     )
     assert "cannot be told how much of this is chance" in said["detail"] and "never saw" not in said["detail"]
@@ -161,7 +161,7 @@ def test_the_table_has_every_figure_with_its_name_and_meaning(page):
         "Copy rate ↓ lower is better pixels, ratio below 0.333", "Copy rate, held-out control", "Training images copied",
         "Similarity above 0.95 ↓ lower is better efficientnet-lite0, cosine", "Excess above 0.9", "Mean highest similarity",
         "FD-100 vs held-out (fewer samples than dimensions) ↓", "KID-100 vs held-out ↓", "± 0.0012", "Recall-100 vs held-out ↑",
-        "FLD gap", "9.75 less 5.5", "MiFID", "mean cosine distance 0.21", "training set 0.987",
+        "\u22121 to 9 %, held-out 0.0 %", "25 to 35 %, held-out 0.0 %", "FLD gap", "9.75 less 5.5", "MiFID", "mean cosine distance 0.21", "training set 0.987",
         "density, coverage: need at least 6 held-out images, here 5",
     ):  # fmt: skip
         assert words in text, words
@@ -178,7 +178,18 @@ def test_runs_with_different_figures_share_a_table():
     sections = dict(report_figures.table([some.metrics, other.metrics]))
     cells = {row["name"]: [c["value"] for c in row["cells"]] for rows in sections.values() for row in rows}
     assert cells["Copy rate"] == ["3.0\xa0%", "3.0\xa0%"] and cells["Copy rate, held-out control"] == ["0.0\xa0%", ""]
-    assert cells["MiFID"] == ["13.1", ""] and cells["Frechet distance"] == ["1.23", ""]
+    assert cells["MiFID"] == ["13.1", ""] and cells["FD-100 vs held-out"] == ["1.23", ""]
+
+
+def test_every_distance_has_its_counts_in_its_name():
+    """That in pixels, too: with few pictures it says more of their number than of the pictures."""
+    quality = dict(report_figures.table([checks.run("x", 0.0, 30, samples=1300, holdout=80).metrics]))["Quality"]
+    assert [row["space"] for row in quality if row["name"] == "FD-1.3k vs held-out"] == ["pixels"]
+    few = dict(report_figures.table([checks.run("x", 0.0, 30, samples=40, holdout=50).metrics]))["Quality"]
+    name = "FD-40 vs held-out (fewer samples and reference images than dimensions)"
+    assert [row["space"] for row in few if row["name"] == name] == ["pixels"]
+    bare = dict(report_figures.table([checks.run("x", 0.0, 30, holdout=0).metrics]))
+    assert "Quality" not in bare, "nothing to compare with"
 
 
 def test_everything_may_be_none(tmp_path):

@@ -123,6 +123,8 @@ def test_shares_their_intervals_and_the_excess_are_those_that_were_planted():
     # The control: as many held-out images as train, so that some of the four copies are not looked for.
     assert 0 < (share := told["holdout_above_0.95"]) <= 0.08 and told["control"]["images"] == 40
     assert share == (score.control > 0.95).mean() and told["excess_0.95"] == pytest.approx(0.2 - share)
+    low, high = told["excess_0.95_ci95"]
+    assert low < told["excess_0.95"] < high < told["above_0.95_ci95"][1] + 0.02
     flat = [x.reshape(len(x), -1) / 127.5 - 1 for x in (samples, held)]
     own = [_cosines(flat[0][i : i + 1], flat[1][j : j + 1])[0, 0] for i, j in enumerate(score.control_index)]
     assert np.allclose(own, score.control, atol=1e-5), "places in all held-out images"
@@ -152,7 +154,7 @@ def test_without_a_held_out_set_only_what_needs_none_is_given():
     *_, found = _measured(None)
     m = found.metrics
     assert m["similarity"]["above_0.95"] == 0.2 and m["memorization"]["gap_ratio"]["rate"] == 0.2
-    assert [m["similarity"][k] for k in ("holdout_mean", "holdout_above_0.9", "excess_0.9", "excess_0.95")] == [
+    assert [m["similarity"][k] for k in ("holdout_mean", "holdout_above_0.9", "excess_0.9", "excess_0.9_ci95")] == [
         None
     ] * 4
     assert m["memorization"]["gap_ratio"]["holdout_rate"] is None and m["memorization"]["control"]["images"] == 0

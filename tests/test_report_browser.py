@@ -8,8 +8,10 @@ import itertools
 import os
 import shutil
 import statistics
+import subprocess
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -37,18 +39,57 @@ _SORT = """name => {
   document.body.getBoundingClientRect();
   return performance.now() - before;
 }"""
+# Text whose contrast to the colour behind it is below WCAG's 4.5, and what is shown or used without a name.
+_FAINT = """() => {
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const colour = numbers(getComputedStyle(e).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const faint = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let seen = 0;
+  while (walk.nextNode()) {
+    const text = walk.currentNode.textContent.trim(), e = walk.currentNode.parentElement;
+    if (!text || !e.getClientRects().length || e.closest("svg, button:disabled, option")) continue;
+    const [a, b] = [numbers(getComputedStyle(e).color), behind(e)].map(light);
+    if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5) faint.push(text);
+    seen += 1;
+  }
+  return [seen, faint];
+}"""
+_NAMELESS = """() => [...document.querySelectorAll("img, input, select, button, canvas, [role=img], [role=region]")].filter(
+  e => !(e.alt || e.getAttribute("aria-label") || e.labels?.length || e.textContent.trim()
+         || e.closest("[aria-label], [aria-hidden]"))).map(e => e.outerHTML.slice(0, 80))"""
 _DRAWN = """() => {
   const all = [...document.querySelectorAll("#pairs canvas")];
   return all.length > 0 && all.every(c => c.dataset.drawn === c.dataset.key);
 }"""
 
 
+def _missing(what: str) -> NoReturn:
+    """A test that is always skipped shows nothing: where CI is set, what it needs has to be there."""
+    if os.environ.get("CI", "").lower() in ("1", "true"):
+        pytest.fail(f"CI needs {what}")
+    pytest.skip(f"needs {what}")
+
+
+def _executable() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return found or _missing("Chromium or Chrome on the PATH: make browser")
+
+
 @pytest.fixture(scope="module")
 def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'playwright>=1.49'")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not found:
-        pytest.skip("needs Chromium or Chrome on the PATH")
+    try:
+        import playwright.sync_api as sync
+    except ImportError:
+        _missing("playwright: pip install 'playwright>=1.49'")
+    found = _executable()
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, headless=True, args=_ARGUMENTS)
         yield browser
@@ -125,6 +166,64 @@ def _decoded(url: str) -> np.ndarray:
 
 def _threshold(page) -> float:
     return float(page.locator("#value").inner_text())
+
+
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception), (None, pytest.skip.Exception)]
+)
+def test_a_missing_browser_is_skipped_and_in_ci_a_failure(monkeypatch, tmp_path, ci, outcome):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CI", raising=False)
+    if ci is not None:
+        monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="make browser"):
+        _executable()
+    (tmp_path / "chromium-browser").write_text("#!/bin/sh\n")
+    (tmp_path / "chromium-browser").chmod(0o755)
+    assert _executable() == str(tmp_path / "chromium-browser")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("there", "root", "said", "asked"),
+    [
+        ("google-chrome apt-get", True, "browser: {bin}/google-chrome", None),
+        ("", True, "there is no apt-get to install one", None),
+        ("apt-get", False, "as root run: make browser", None),
+        ("apt-get", True, "", ""),
+        ("apt-get sudo", False, "", "by sudo "),
+    ],
+)
+def test_make_browser_installs_one_where_there_is_none(tmp_path, there, root, said, asked):
+    """With commands that only write down what they were asked."""
+    folder, log = tmp_path / "bin", tmp_path / "log"
+    folder.mkdir()
+    scripts = {
+        "id": f"echo {0 if root else 1000}",
+        "env": f'echo "$SUDO$@" >> {log}',
+        "sudo": 'SUDO="by sudo " exec "$@"',
+    }
+    for name in ["id", "env", *there.split()]:
+        (folder / name).write_text(f"#!/bin/sh\n{scripts.get(name, 'exit 1')}\n")
+        (folder / name).chmod(0o755)
+    done = subprocess.run(
+        [shutil.which("make"), "--no-print-directory", "browser"],
+        cwd=Path(__file__).parents[1], env={"PATH": str(folder)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said.format(bin=folder) in done.stdout
+    lines = log.read_text().splitlines() if log.exists() else []
+    if asked is None:
+        assert lines == [] and len(done.stdout.splitlines()) == 1
+    else:
+        assert all(line.startswith(f"{asked}DEBIAN_FRONTEND=noninteractive apt-get") for line in lines)
+        assert [line.split()[-1] for line in lines] == ["update", "chromium"]
+
+
+def test_ci_has_a_browser_before_it_tests():
+    commands = (Path(__file__).parents[1] / ".ci" / "run").read_text().splitlines()
+    wanted = ["export CI=true", "make lint", "make browser", "make test", "make test-slow"]
+    assert [c.split("  #")[0] for c in commands if c.startswith(("make", "export"))] == wanted
 
 
 def test_the_count_is_numpys_wherever_the_keyboard_moves_the_slider(visit, two):
@@ -242,6 +341,17 @@ def test_what_a_screen_reader_finds(visit, two):
     assert page.locator("b").count() == 0, "names are text"
     levels = page.eval_on_selector_all("h1,h2,h3,h4", "all => all.map(h => Number(h.tagName[1]))")
     assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_and_all_pictures_have_names(visit, two, scheme):
+    page = visit(two[0], color_scheme=scheme)
+    seen, faint = page.evaluate(_FAINT)
+    assert seen > 300 and faint == []
+    assert page.evaluate(_NAMELESS) == []
+    page.evaluate("document.documentElement.style.setProperty('--soft', '#777777')")
+    page.evaluate("document.querySelector('.copied img').alt = ''")
+    assert len(page.evaluate(_FAINT)[1]) > 50 and len(page.evaluate(_NAMELESS)) == 1, "it would be seen"
 
 
 def test_all_of_it_can_be_reached_by_tab(visit, two):

@@ -86,6 +86,16 @@ def test_means_and_intervals_over_seeds():
     assert wide["rate"]["interval"] == [0.0, 1.0], "a rate is a share"
 
 
+def test_seeds_that_agree_are_no_certainty():
+    """No copy among 3 x 1,000 samples: at most 1 - 0.025^(1/3000) of them are (Clopper and Pearson), not 0.0 to 0.0."""
+    rows = [row("edm", 0, seed, 0.0, 1.5 + seed) | {"rate": 0.0, "holdout_rate": 0.0} for seed in range(3)]
+    summary = summarize(rows, target=0.05, within=0.1)
+    (found,) = summary["configurations"]
+    assert found["rate"]["interval"] == pytest.approx([0, 1 - 0.025 ** (1 / 3000)])
+    assert found["excess"] == {"mean": 0.0, "interval": None}
+    assert "| 0.0 % (0.0 to 0.1) | 0.0 % | 0.0 % |" in table(summary)
+
+
 def test_the_table_says_what_it_holds_and_the_curve_is_drawn(tmp_path):
     rows = [row(k, s, seed, 0.5 - s + seed / 50, 1.5 + s) for seed in (0, 1)
             for k, s in (("edm", 0), ("ambient", 0.2), ("fresh-noise", 0.2), ("weight-decay", 0), ("early-stop", 0))]  # fmt: skip
@@ -101,6 +111,7 @@ def test_the_table_says_what_it_holds_and_the_curve_is_drawn(tmp_path):
     sweep_plot.plot_pareto(tmp_path / "pareto", summary)
     assert (tmp_path / "pareto.svg").read_text() == first
     assert "<!-- lower left is better; bars: 95 % over seeds; dotted: target -->" in svg
+    assert "<!-- FD-1k vs held-out (pixel) -->" in svg
     sweep_plot.plot_pareto(tmp_path / "one", summarize(rows[:5], target=0.05, within=0.1))
     assert "<!-- lower left is better; one seed; dotted: target -->" in (tmp_path / "one.svg").read_text()
 

@@ -305,13 +305,15 @@ def test_the_last_allowed_audit():
 
 
 def test_the_curves_are_drawn_and_the_same_bytes_for_the_same_rows(tmp_path):
-    row = {"kimg": 1.0, "rate": 0.1, "ci95": [0.05, 0.2], "train_rate": 0.1, "holdout_rate": 0.02, "fd": 3.0}
+    row = {"kimg": 1.0, "rate": 0.1, "ci95": [0.05, 0.2], "train_rate": 0.1, "holdout_rate": 0.02, "fd": 3.0,
+           "samples": 512}  # fmt: skip
     rows = [row, row | {"kimg": 2.0, "rate": 0.5, "ci95": [0.4, 0.6]}]
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         audits_plot.plot_audits(tmp_path / name / "audits", rows, rate=0.1)
     for kind in ("png", "svg"):
         assert (tmp_path / "a" / f"audits.{kind}").stat().st_size > 5000
+        assert "FD-512 vs held-out" in (tmp_path / "a" / "audits.svg").read_text()
         assert (tmp_path / "a" / f"audits.{kind}").read_bytes() == (tmp_path / "b" / f"audits.{kind}").read_bytes()
 
 

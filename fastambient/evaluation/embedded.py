@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastambient.console import progress
-from fastambient.evaluation.memorization import bootstrap_interval
+from fastambient.evaluation.memorization import bootstrap_interval, excess_interval
 from fastambient.evaluation.similarity import LEVELS, Similar, most_similar
 
 if TYPE_CHECKING:
@@ -97,6 +97,9 @@ def _similarity(
         told[f"holdout_above_{level}"] = None if control is None else _share(control, level)
     for level in LEVELS:  # at equal counts: the most similar of more images is the more similar one
         told[f"excess_{level}"] = None if control is None else _share(equal, level) - _share(control, level)
+        told[f"excess_{level}_ci95"] = None if control is None else list(
+            excess_interval(equal.cosine > level, control.cosine > level, resamples=bootstrap, seed=seed)
+        )  # fmt: skip
     told["control"] = {
         "images": count,
         "train_mean": None if control is None else _mean(equal),

@@ -160,7 +160,8 @@ def fit(network: nn.Module, state: Mapping[str, Tensor], source: Path | str, lab
         k = next((k for k in wrong if k in expected), wrong[0])
         raise InputError(
             f"{source} does not hold the weights of {label}: {k} should be {expected.get(k, 'no tensor of it')} and is"
-            f" {found.get(k, 'absent')} ({len(wrong)} of {len(expected)} tensors differ); expected {naming}"
+            f" {found.get(k, 'absent')} ({len(wrong)} of {len(expected.keys() | found.keys())} tensors differ);"
+            f" expected {naming}"
         )
     if lie := next((k for k in found if not state[k].is_floating_point()), None):
         raise InputError(f"{source}: {lie} is {state[lie].dtype}, weights of {label} are floating-point numbers")

@@ -34,6 +34,12 @@ class Block:
     alarmed: frozenset[int] = frozenset()
 
 
+def wrapped(text: str) -> str:
+    """A row's label in lines that end between words or folders, not at the hyphens in their names."""
+    lines = textwrap.wrap(text.replace("/", "/ "), _NAME, break_on_hyphens=False)
+    return "\n".join(line.replace("/ ", "/") for line in lines)
+
+
 def draw(path: Path, blocks: Sequence[Block], *, enlarged: bool = True) -> None:
     """Write blocks below each other as a PNG, one pixel of a tile's enlargement a pixel of the file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,7 +50,7 @@ def draw(path: Path, blocks: Sequence[Block], *, enlarged: bool = True) -> None:
         rows, columns = block.tiles.shape[:2]
         tiles = block.tiles.reshape(-1, *block.tiles.shape[2:])
         canvases.append(grid(enlarge(tiles) if enlarged else tiles, columns, scale=1))
-    labels = [["\n".join(textwrap.wrap(text, _NAME)) for text in block.rows] for block in blocks]
+    labels = [[wrapped(text) for text in block.rows] for block in blocks]
     longest = max((len(line) for rows in labels for text in rows for line in text.split("\n")), default=0)
     left, right, gap = 12 + 7 * longest + (8 if longest else 0), 12, 10
     heads = [(22 if block.title else 0) + (20 if block.columns else 0) + gap for block in blocks]

@@ -18,6 +18,7 @@ from fastambient.evaluation.memorization import (
     bootstrap_interval,
     copies_per_image,
     distinct,
+    excess_interval,
     fingerprints,
     nearest_two,
 )
@@ -184,6 +185,11 @@ def _copying(
             "images": count,
             "train_rate": None if control is None else float(equal.copies(threshold).mean()),
             "train_median": None if control is None else float(np.median(equal.distance[:, 0])),
+            "excess_ci95": None
+            if control is None
+            else list(
+                excess_interval(equal.copies(threshold), control.copies(threshold), resamples=bootstrap, seed=seed)
+            ),
         },
         "copies_per_train_image": {
             "images_copied": len(per_image),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastambient.evaluation.quality import figure_name
+
 COPYING, QUALITY = "Copying", "Quality"
 _QUALITY = {  # by the first word of a figure's name, as `quality.figure_name` writes it: which end is better, meaning
     "fd": ("lower", "Frechet distance of the samples to images that never trained."),
@@ -60,7 +62,8 @@ def summary(metrics: dict[str, Any]) -> dict[str, str]:
     """What was found about one run: lead (one sentence with its limits) and detail (how it was counted)."""
     gap, counts = metrics["memorization"]["gap_ratio"], metrics["counts"]
     samples, train, searched = counts["samples"], counts["train"], at(metrics, "memorization/control/images")
-    lead = f"{percent(gap['rate'])} of samples are copies of a training image (95 % interval {interval(gap['ci95'])})"
+    lead = f"{percent(gap['rate'])} of samples are copies of a training image"
+    lead += f" (95\N{NO-BREAK SPACE}% interval {interval(gap['ci95'])})"
     found = (
         f"{gap['copies']:,} of {samples:,} samples lie less than {number(gap['threshold'])} times as far from one of"
         f" the {train:,} training images as from any other."
@@ -174,8 +177,7 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
             Figure(
                 COPYING, f"Excess above {level}", space,
                 "The same less its share among equally many held-out images: what chance does not explain.",
-                _share(excess), "no held-out images" if control is None else f"held-out {percent(control)}",
-                "lower",
+                _share(excess), _beside(s.get(f"excess_{level}_ci95"), control), "lower",
             ),
         ]  # fmt: skip
     control, equal = s.get("holdout_mean"), at(s, "control/train_mean")
@@ -190,6 +192,15 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
         )
     )  # fmt: skip
     return rows
+
+
+def _beside(ci95: Sequence[float] | None, control: float | None) -> str:
+    """An excess's interval, and the control's share."""
+    if control is None:
+        return "no held-out images"
+    # It may begin below 0, where a dash between the ends would be read twice.
+    ends = "" if ci95 is None else " to ".join(number(round(100 * side, 1)) for side in ci95) + "\N{NO-BREAK SPACE}%, "
+    return f"{ends}held-out {percent(control)}"
 
 
 def _likeness(metrics: dict[str, Any]) -> list[Figure]:
@@ -231,16 +242,20 @@ def _quality(metrics: dict[str, Any]) -> list[Figure]:
                     meaning, _number(value), beside, better,
                 )
             )  # fmt: skip
+    counts = metrics["counts"]
     for space, f in (metrics.get("frechet") or {}).items():
         if space != "pixel" and any(q["embedder"] == space for q in metrics.get("quality") or ()):
             continue
-        own = f.get("train_vs_reference") if f else None
+        if not f or f.get("value") is None:  # no held-out set: a note says so
+            continue
+        own, held = f.get("train_vs_reference"), counts["holdout"]
+        name = figure_name("FD", counts["samples"], "held-out", dimensions=f["dimensions"], references=held)
         rows.append(
             Figure(
-                QUALITY, "Frechet distance", "pixels" if space == "pixel" else space,
-                "To all held-out images. Beside it what the training images themselves reach: copies reach it, too.",
-                _number(f.get("value") if f else None), "" if own is None else f"training set {number(own)}",
-                "lower",
+                QUALITY, name, "pixels" if space == "pixel" else space,
+                "Frechet distance to all held-out images. Beside it what the training images themselves reach: copies"
+                " reach it, too.",
+                _number(f["value"]), "" if own is None else f"training set {number(own)}", "lower",
             )
         )  # fmt: skip
     return rows

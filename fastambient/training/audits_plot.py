@@ -34,6 +34,8 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     """
     from matplotlib.figure import Figure
 
+    from fastambient.evaluation.quality import figure_name
+
     kimg = [row["kimg"] for row in rows]
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -49,7 +51,8 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     above.set_ylim(bottom=0)
     above.legend(frameon=False, fontsize="small")
     below.plot(kimg, [row["fd"] for row in rows], color=QUALITY, marker="o", markersize=3)
-    below.set_ylabel("Frechet distance to held-out\n(pixels, lower is better)")
+    distance = " | ".join(dict.fromkeys(figure_name("FD", row["samples"], "held-out") for row in rows))
+    below.set_ylabel(f"{distance}\n(pixels, lower is better)")
     below.set_xlabel("images seen (kimg)")
     for axes in (above, below):
         axes.grid(alpha=0.2)
