@@ -25,6 +25,7 @@ _OPERATORS: dict[str, str | None] = {
     "dropout": "random_triton",
     "random_words": "random_triton",
     "conv2d": None,
+    "resample": "resample_triton",
 }
 _HERE = "available"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastambient.errors import InputError
-from fastambient_kernels import conv2d, dropout, group_norm_silu
+from fastambient_kernels import conv2d, dropout, group_norm_silu, resample
 from fastambient_kernels.dropout import MAX_LAYERS, keep_mask
 
 DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `fastambient_kernels.dropout`
@@ -59,7 +59,8 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """Square convolution with "same" zero padding, optionally halving ("down") or doubling ("up") the resolution.
 
-    Resampling filters with the normalised outer product of `resample_filter`. Its order:
+    Resampling filters with the normalised outer product of `resample_filter`; a buffer holds it, as EDM's states do.
+    Its order:
 
     up          filter, then convolution
     down        filter, then convolution
@@ -89,8 +90,9 @@ class Conv2d(nn.Module):
         if resample:
             taps = torch.as_tensor(resample_filter, dtype=torch.float32)
             self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
-            self.filter_pad = (len(resample_filter) - 1) // 2
-            self.box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]
+            self.taps = tuple(map(float, resample_filter))
+            self.filter_pad = (len(self.taps) - 1) // 2
+            self.box = len(self.taps) == 2 and self.taps[0] == self.taps[1]
 
     def forward(self, x: Tensor) -> Tensor:
         pad = self.kernel // 2
@@ -106,18 +108,14 @@ class Conv2d(nn.Module):
         return conv2d(x, self.weight, self.bias) if self.kernel else x
 
     def _filter(self, x: Tensor, *, stride: int, pad: int) -> Tensor:
-        if self.box:
+        if self.box:  # torch has vectorised passes for it
             return F.avg_pool2d(x, 2, stride, pad)
-        channels = x.shape[1]
-        weight = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
-        return F.conv2d(x, weight, stride=stride, padding=pad, groups=channels)
+        return resample(x, self.taps, mode="down" if stride == 2 else "filter", pad=pad)
 
     def _up(self, x: Tensor) -> Tensor:
         if self.box:
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        channels = x.shape[1]
-        weight = (4 * self.resample_filter).to(x.dtype).expand(channels, -1, -1, -1)
-        return F.conv_transpose2d(x, weight, stride=2, padding=self.filter_pad, groups=channels)
+        return resample(x, self.taps, mode="up", pad=self.filter_pad)
 
 
 class GroupNorm(nn.Module):

@@ -52,7 +52,9 @@ _REASON = load("cpu")
 _FUNCTIONS = {"conv2d": "conv_weight"}  # of torch.ops.fastambient_native, where not named as the operator is
 OPERATORS = frozenset(
     name
-    for name in ("ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema", "dropout", "random_words", "conv2d")
+    for name in (
+        "ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema", "dropout", "random_words", "conv2d", "resample",
+    )
     if _REASON is None and hasattr(torch.ops.fastambient_native, _FUNCTIONS.get(name, name))
 )
 

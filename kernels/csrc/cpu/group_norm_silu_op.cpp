@@ -3,15 +3,12 @@
 #include <memory>
 #include <optional>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "group_norm_silu.h"
+#include "huge_pages.h"
 
 FA_DECLARE(void, gns_begin, (const GroupNormJob& job, int64_t unit, const GroupNormState& state))
 FA_DECLARE(void, gns_partial,
@@ -84,17 +81,6 @@ void run_pieces(const GroupNormJob& job, int64_t grain) {
     for (int64_t i = begin; i < end; ++i)
       FA_CALL(gns_apply, job, i / job.pieces, i % job.pieces, scratch.state(job, i / job.pieces));
   });
-}
-
-// Ask for 2 MiB pages under a large output. It is mostly fresh memory, and faults on 4 KiB pages then cost several times
-// what the arithmetic does. A hint: it changes nothing where memory is in use already, or where the system has none.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 void run(const GroupNormJob& job) {
