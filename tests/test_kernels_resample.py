@@ -59,13 +59,13 @@ def run(x, taps, mode, pad, dy=None, impl="native"):
     return [y.detach()] if dy is None else [y.detach(), *torch.autograd.grad(y, leaf, dy)]
 
 
-def assert_near(found, right, dtype=torch.float32):
+def assert_near(found, right, dtype=torch.float32, least=0.0):
     for value, expected in zip(found, right, strict=True):
         assert value.shape == expected.shape
-        assert (value.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+        assert (value.double() - expected).abs().max() <= TOLERANCE[dtype] * max(least, expected.abs().max().item())
 
 
-def compare(impl, shape, taps, mode, pad, *, dtype=torch.float32, last=True, device="cpu"):
+def compare(impl, shape, taps, mode, pad, *, dtype=torch.float32, last=True, device="cpu", least=0.0):
     """y and dx against the definition; both in x's dtype and memory format."""
     x = picture(*shape, dtype=dtype, last=last)
     dy = picture(*exact(x, taps, mode, pad)[0].shape, dtype=dtype, last=last, seed=1)
@@ -73,7 +73,7 @@ def compare(impl, shape, taps, mode, pad, *, dtype=torch.float32, last=True, dev
     assert all(v.dtype == dtype for v in found)
     layout = torch.channels_last if last else torch.contiguous_format
     assert all(v.is_contiguous(memory_format=layout) for v in found)
-    assert_near([v.cpu() for v in found], exact(x, taps, mode, pad, dy), dtype)
+    assert_near([v.cpu() for v in found], exact(x, taps, mode, pad, dy), dtype, least)
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("native", marks=native)])
@@ -100,7 +100,7 @@ def test_rows_longer_than_a_tile(nan_filled, mode):
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 3), channels=st.integers(1, 40), height=st.integers(1, 12), width=st.integers(1, 20),
-    taps=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(lambda t: [*t, *t[::-1], 2][: 2 * len(t)]),
+    taps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=4).map(lambda p: sum(p, ())),
     mode=st.sampled_from(MODES), pad=st.integers(0, 7), last=st.booleans(), half=st.booleans(),
 )  # fmt: skip
 def test_any_size(n, channels, height, width, taps, mode, pad, last, half):
@@ -110,7 +110,7 @@ def test_any_size(n, channels, height, width, taps, mode, pad, last, half):
     if mode == "up" and 2 * min(height, width) - 2 - 2 * pad + len(taps) < 1:
         return
     dtype = torch.bfloat16 if half else torch.float32
-    compare("native", (n, channels, height, width), taps, mode, pad, dtype=dtype, last=last)
+    compare("native", (n, channels, height, width), taps, mode, pad, dtype=dtype, last=last, least=1.0)
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("native", marks=native)])

@@ -1,7 +1,7 @@
 """What both U-Nets are made of: initialisation, convolution with resampling, group norm, embeddings, dropout, block.
 
 The architectures are those of EDM (Karras et al. 2022, Appendix F), with EDM's parameter names and shapes, so that
-its weights load. The arrangement of the arithmetic is ours: 2x2 box resampling is pooling and repetition, a 1x1
+its weights load. The arrangement of the arithmetic is ours: resampling is one pass (of a 2x2 box, torch's own), a 1x1
 kernel runs on the smaller side of a resampling, attention is one fused call over [N, H*W, C] tokens.
 """
 

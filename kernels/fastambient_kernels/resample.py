@@ -15,8 +15,8 @@ its factor is the adjoint of "down" (4 in two dimensions), and "filter" with t r
     y[o] = sum_m weights[o mod phases, m] * x[floor((stride*o + offset)/phases) + m]
 
 with phases = 2 for "up", whose even and odd outputs have every other tap, and stride = 2 for "down". Sums are float32;
-nothing is kept for the backward pass. The filters are those of Karras et al., "Analyzing and Improving the Image Quality
-of StyleGAN" (2020), [1, 3, 3, 1], and the 2x2 box, [1, 1], as in EDM's networks.
+nothing is kept for the backward pass. NCSN++ filters with [1, 3, 3, 1] (Karras et al., "Analyzing and Improving the
+Image Quality of StyleGAN", 2020); [1, 1] is the 2x2 box.
 """
 
 from __future__ import annotations
