@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from baselines import FusedAdam, PerTensorAdam, two_regime_loss
 from torch import Tensor
 
-from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, conv2d, group_norm_silu, residual
+from fastambient_kernels import AdamEMA, ambient_loss, ambient_noise, conv2d, group_norm_silu, resample, residual
 
 SIGMA_TN, SIGMA_DATA = 1.5, 0.5
 
@@ -180,6 +180,42 @@ def residuals(
     )
 
 
+def resampling(
+    device: torch.device, rate: float, shape: tuple[int, ...], dtype: torch.dtype, *, rounds: int, compiled: bool
+) -> list[protocol.Row]:
+    """Forward and backward of NCSN++'s filter, to half the resolution and back, by depthwise convolutions or in one."""
+    g = torch.Generator().manual_seed(0)
+    channels, taps = shape[1], (1, 3, 3, 1)
+    make = lambda: torch.randn(shape, generator=g).to(device, dtype).contiguous(memory_format=torch.channels_last)  # noqa: E731
+    x, dy = make().requires_grad_(), make()
+    row = torch.tensor(taps, dtype=torch.float32, device=device)
+    depthwise = (row.outer(row) / row.sum() ** 2).to(dtype).expand(channels, 1, -1, -1)
+
+    def plain(x: Tensor) -> Tensor:
+        y = F.conv2d(x, depthwise, stride=2, padding=1, groups=channels)
+        return F.conv_transpose2d(y, 4 * depthwise, stride=2, padding=1, groups=channels)
+
+    def run(f: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        y = f(x)
+        return [y.detach(), *torch.autograd.grad(y, x, dy)]
+
+    fused = lambda x: resample(resample(x, taps, mode="down"), taps, mode="up")  # noqa: E731
+    name = f"resample-{'fp32' if dtype == torch.float32 else 'bf16'}"
+    pairs = zip(run(fused), run(plain), strict=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    agreement = need(max(difference(a, b) for a, b in pairs), tolerance, name)
+    works: dict[str, protocol.Work] = {"ours": lambda: run(fused), "eager": lambda: run(plain)}
+    if compiled:
+        fast = torch.compile(plain)
+        works["compile"] = lambda: run(fast)
+    times = protocol.interleave(works, rounds=rounds, device=device)
+    useful = 5 * x.numel() * x.element_size()  # x in, y out, dy in, dx out; a quarter of it four times between
+    size = "x".join(map(str, shape))
+    return protocol.rows_of(
+        name, "ours", times, floor=useful / rate, agreement=dict.fromkeys(works, agreement), size=size
+    )
+
+
 def convolutions(device: torch.device, shape: tuple[int, ...], *, rounds: int, compiled: bool) -> list[protocol.Row]:
     """Forward and backward of a 3x3 convolution with as many outputs as inputs."""
     g = torch.Generator().manual_seed(0)
@@ -286,6 +322,8 @@ def main() -> None:
         for shape in ((64, 24, 8, 8), (64, 128, 16, 16), (64, 256, 32, 32))[chosen]:
             rows += norms(device, rate, shape, dtype, rounds=rounds, compiled=compiled)
             rows += residuals(device, rate, shape, dtype, rounds=rounds, compiled=compiled)
+        for shape in ((64, 24, 8, 8), (4, 256, 32, 32), (4, 128, 64, 64))[chosen]:
+            rows += resampling(device, rate, shape, dtype, rounds=rounds, compiled=compiled)
     if device.type == "cpu":  # a GPU's convolutions are its library's, with us and without
         for shape in ((64, 24, 8, 8), (4, 256, 16, 16), (4, 256, 32, 32))[chosen]:
             rows += convolutions(device, shape, rounds=rounds, compiled=compiled)

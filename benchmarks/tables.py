@@ -133,7 +133,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {  # name: pattern of the work,
         ("work", "size", *_TIMES, "images/s", "theirs, images/s", "CPU us/image", "theirs, CPU us/image"),
     ),
     "waiting": ("wait .*", ("work", "size", "waiting", "target", "ms")),
-    "kernels": (f"{_STREAMING}|conv2d-fp32", ("work", "size", *_TIMES, "agreement")),
+    "kernels": (f"{_STREAMING}|resample-.*|conv2d-fp32", ("work", "size", *_TIMES, "agreement")),
     "loss": (
         "loss .*",
         ("work", "size", "ours from reference", "two seeds", "over the band", "inside", "agree to 1e-3"),

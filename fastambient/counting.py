@@ -1,7 +1,7 @@
 """The work of a network, counted on the meta device without computing anything: FLOPs, bytes, operator calls.
 
-FLOPs are 2 per multiply-add of convolutions, matrix products and attention, resampling filters included; bytes are what
-every other operator reads and writes, each operator a pass of its own; activations are what autograd keeps.
+FLOPs are 2 per multiply-add of convolutions, matrix products and attention; bytes are what every other operator reads
+and writes, resampling filters included, each operator a pass of its own; activations are what autograd keeps.
 """
 
 from __future__ import annotations

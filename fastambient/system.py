@@ -26,6 +26,7 @@ _OPERATORS: dict[str, str | None] = {
     "random_words": "random_triton",
     "conv2d": None,
     "residual": "residual_triton",
+    "resample": "resample_triton",
 }
 _HERE = "available"
 

@@ -16,7 +16,7 @@ from fastambient.system import information
 from fastambient_kernels import _native
 
 OPERATORS = ["ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema", "dropout", "random_words", "conv2d",
-             "residual"]  # fmt: skip
+             "residual", "resample"]  # fmt: skip
 
 
 def elsewhere(**environment: str) -> dict[str, dict[str, object]]:

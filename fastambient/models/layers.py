@@ -1,7 +1,7 @@
 """What both U-Nets are made of: initialisation, convolution with resampling, group norm, embeddings, dropout, block.
 
 The architectures are those of EDM (Karras et al. 2022, Appendix F), with EDM's parameter names and shapes, so that
-its weights load. The arrangement of the arithmetic is ours: 2x2 box resampling is pooling and repetition, a 1x1
+its weights load. The arrangement of the arithmetic is ours: resampling is one pass (of a 2x2 box, torch's own), a 1x1
 kernel runs on the smaller side of a resampling, attention is one fused call over [N, H*W, C] tokens, a residual branch
 ends in one pass with all biases.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastambient.errors import InputError
-from fastambient_kernels import conv2d, dropout, group_norm_silu, residual
+from fastambient_kernels import conv2d, dropout, group_norm_silu, resample, residual
 from fastambient_kernels.dropout import MAX_LAYERS, keep_mask
 
 DropoutKey = tuple[int | Tensor, Tensor]  # (run seed, positions int64 [N]): see `fastambient_kernels.dropout`
@@ -63,7 +63,8 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """Square convolution with "same" zero padding, optionally halving ("down") or doubling ("up") the resolution.
 
-    Resampling filters with the normalised outer product of `resample_filter`. Its order:
+    Resampling filters with the normalised outer product of `resample_filter`; a buffer holds it, as EDM's states do.
+    Its order:
 
     up          filter, then convolution
     down        filter, then convolution
@@ -93,8 +94,9 @@ class Conv2d(nn.Module):
         if resample:
             taps = torch.as_tensor(resample_filter, dtype=torch.float32)
             self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
-            self.filter_pad = (len(resample_filter) - 1) // 2
-            self.box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]
+            self.taps = tuple(map(float, resample_filter))
+            self.filter_pad = (len(self.taps) - 1) // 2
+            self.box = len(self.taps) == 2 and self.taps[0] == self.taps[1]
 
     def forward(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
         """with_bias : False leaves the bias, which comes last whatever the order, to the caller"""
@@ -113,18 +115,14 @@ class Conv2d(nn.Module):
         return conv2d(x, self.weight, bias) if self.kernel else x
 
     def _filter(self, x: Tensor, *, stride: int, pad: int) -> Tensor:
-        if self.box:
+        if self.box:  # torch has vectorised passes for it
             return F.avg_pool2d(x, 2, stride, pad)
-        channels = x.shape[1]
-        weight = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
-        return F.conv2d(x, weight, stride=stride, padding=pad, groups=channels)
+        return resample(x, self.taps, mode="down" if stride == 2 else "filter", pad=pad)
 
     def _up(self, x: Tensor) -> Tensor:
         if self.box:
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        channels = x.shape[1]
-        weight = (4 * self.resample_filter).to(x.dtype).expand(channels, -1, -1, -1)
-        return F.conv_transpose2d(x, weight, stride=2, padding=self.filter_pad, groups=channels)
+        return resample(x, self.taps, mode="up", pad=self.filter_pad)
 
 
 class GroupNorm(nn.Module):

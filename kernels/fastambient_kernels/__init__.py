@@ -7,6 +7,7 @@ from fastambient_kernels.convolution import conv2d
 from fastambient_kernels.dropout import dropout
 from fastambient_kernels.group_norm_silu import GroupNormSiLU, group_norm_silu
 from fastambient_kernels.noise import Stream, normal, philox4x32, uniform
+from fastambient_kernels.resample import resample
 from fastambient_kernels.residual import residual
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "is_ambient",
     "normal",
     "philox4x32",
+    "resample",
     "residual",
     "seed_tensor",
     "uniform",
