@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastambient_kernels.flops  # noqa: F401  # so that our operators are counted
 from fastambient.models.layers import GroupNorm
 from fastambient_kernels import conv2d
 

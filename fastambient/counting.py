@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+import fastambient_kernels.flops  # noqa: F401  # so that ours are counted
 from fastambient import models
 from fastambient.models.layers import UNetBlock, recompute_levels
 

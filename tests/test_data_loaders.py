@@ -407,7 +407,7 @@ def test_the_command_line_trains_the_same_with_every_loader(tmp_path):
     assert found["resident"] == found["dali"] == found["workers"]
     two = [a for a in common if a not in ("--gpus", 0)]
     cli("train", "--data", tmp_path / "store", "--out", tmp_path / "two", "--loader", "dali", "--processes", 2, *two)
-    assert losses(tmp_path / "two") == pytest.approx(found["dali"], rel=1e-3)
+    assert losses(tmp_path / "two") == pytest.approx(found["dali"], rel=1e-5)
 
 
 @needs_dali

@@ -273,6 +273,7 @@ def test_check(tmp_path, folder):
     assert (
         done.returncode == 0
         and "108 training and 12 held-out images" in done.stdout
+        and "2 classes" in done.stdout
         and "as the manifest says" in done.stdout
     )
     file = store.path / "train" / "images-00000.npy"
@@ -282,6 +283,11 @@ def test_check(tmp_path, folder):
     done = check()
     assert done.returncode == 2 and "images-00000.npy has another checksum" in done.stderr and not done.stdout
     assert check("--out", "x").returncode == 2
+    (store.path / "manifest.json").unlink()
+    with pytest.raises(
+        InputError, match=r"is no store: manifest\.json .*; name a folder that prepare made, or restore"
+    ):
+        Store.open(store.path)
 
 
 def test_hand_out(tmp_path, folder):
@@ -335,10 +341,15 @@ def test_the_last_bits_of_a_hand_out_say_nothing_of_a_pixel():
     assert (near_zero * 2**24 % 1 == 0).mean() < 0.1
 
 
-def test_class_names_of_a_hand_out_are_told(tmp_path, folder, capsys):
+def test_what_a_hand_out_gives_away_is_told(tmp_path, folder, capsys):
+    """Its class names, and what a second one would give away."""
     words = ["prepare", str(folder), "--out", str(tmp_path / "s"), "--hand-out", "--sigma-tn", "0.5"]
     app(args=words, standalone_mode=False)
-    assert "class labels are handed out, too: a, b" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "class labels are handed out, too: a, b" in said.out
+    assert "warning: hand these pictures out once" in said.err and "average the two noises out" in said.err
+    prepare(open_source(folder), tmp_path / "ordinary", sigma_tn=0.5, noisy="float16")
+    assert "hand these pictures out" not in capsys.readouterr().err
 
 
 def test_stopped_by_a_signal(tmp_path, folder, monkeypatch, capsys):
@@ -393,6 +404,13 @@ def test_system_noise_is_normal():
     assert not torch.equal(z, system_normal((101, 999)))
 
 
+def test_preparing_does_without_triton():
+    """It takes 90 MB of the 1 GB that `prepare` may take."""
+    program = "import sys, fastambient.cli.training, fastambient.data.preparation as p; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 MEMORY = """
 import sys
 from fastambient.data import open_source, prepare
@@ -412,3 +430,14 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
         command = [sys.executable, "-c", MEMORY, str(tmp_path / "set.npy"), str(tmp_path / "store")]
         used.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert used[1] < 1000 and used[1] - used[0] < 100
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_pictures(tmp_path):
+    """What is noised at once is bounded in values: 40 pictures of 512x512 at once would take 2 GB."""
+    np.save(tmp_path / "set.npy", RNG.integers(0, 256, (48, 512, 512, 3), dtype=np.uint8))
+    for more in ("", "hand_out=True, "):
+        program = MEMORY.replace("sigma_tn=", f"{more}sigma_tn=").replace('"off"', '"keep"')
+        command = [sys.executable, "-c", program, str(tmp_path / "set.npy"), str(tmp_path / "store")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert int(done.stdout) * 2**20 < 10**9

@@ -84,6 +84,41 @@ def test_one_sub_folder_is_no_class(tmp_path):
     assert open_source(tmp_path).num_classes == 0
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_classes_below_one_folder(tmp_path, kind):
+    """A zip of the folder photos begins with photos/: the classes are the same as the folder's."""
+    png, names = encoded(picture(0)), ("photos/my/dog/1.png", "photos/my/cat/1.png", "photos/my/doe/1.png")
+    files = dict.fromkeys(names, png) | {"photos/notes/read.txt": b"no image"}
+    made = make_folder(tmp_path / "x", files) if kind == "folder" else make_zip(tmp_path / "x.zip", files)
+    source = open_source(made)
+    assert source.class_names == ["cat", "doe", "dog"]
+    assert [(item.name, item.label) for item in source.read()] == [(n, i) for i, n in enumerate(sorted(names))]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_pictures_of_other_kinds_are_named(tmp_path, kind, capsys):
+    """What is not read is no secret; a picture of a kind that nobody knows is no picture."""
+    files = {
+        "a.png": encoded(picture(0)),
+        "b.TIF": b"x",
+        "d/c.tif": b"x",
+        "e.heic": b"x",
+        ".f.gif": b"x",
+        "g.xyz": b"x",
+    }
+
+    def make(name, files):
+        return make_folder(tmp_path / name, files) if kind == "folder" else make_zip(tmp_path / f"{name}.zip", files)
+
+    made = make("some", files)
+    assert open_source(made).length == 1
+    assert f"{made} also holds pictures that are not read (1 .heic, 2 .tif): convert" in capsys.readouterr().err
+    open_source(make("none", {name: files[name] for name in ("a.png", ".f.gif", "g.xyz")}))
+    assert "not read" not in capsys.readouterr().err
+    del files["a.png"]
+    assert "there are .heic, .tif files: convert them to PNG" in error_of(make("all", files))
+
+
 def dataset(labels) -> bytes:
     return json.dumps({"labels": labels}).encode()
 
@@ -265,12 +300,27 @@ def test_empty_folders(tmp_path):
     assert "no image" in error_of(make_zip(tmp_path / "empty.zip", {}))
 
 
+def test_what_a_folder_without_images_was_meant_as(tmp_path):
+    """As the Hugging Face hub lays parquet files out; and a store without its manifest."""
+    make_folder(tmp_path / "hub", {"README.md": b"x", "plain_text/train-00000-of-00001.parquet": b"x"})
+    assert "there is plain_text/train-00000-of-00001.parquet: name the folder that it lies in" in error_of(
+        tmp_path / "hub"
+    )
+    make_folder(tmp_path / "store", {"train/ids.npy": b"x", "train/images-00000.npy": b"x"})
+    assert "a store that has lost its manifest.json: restore that" in error_of(tmp_path / "store")
+
+
 def test_unknown_sources(tmp_path):
     assert "nearest: digits" in error_of("digtis")
     assert "no such file" in error_of(str(tmp_path / "gone"))
     file = tmp_path / "picture.png"
     file.write_bytes(encoded(picture(0)))
     assert "expected a folder" in error_of(file)
+    hub = error_of("someone/some-photos")
+    assert "hf download someone/some-photos --repo-type dataset --local-dir some-photos" in hub
+    assert "hf download" not in error_of(str(tmp_path / "gone"))
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"x")
+    assert "name the folder that save_to_disk made" in error_of(tmp_path / "data-00000-of-00001.arrow")
     assert "expected 1 to 8000" in error_of("digits", resolution=0)
     assert "expected 1 to 8000" in error_of("digits", resolution=10**6)
     assert "error, skip" in error_of("digits", on_bad_image="ignore")

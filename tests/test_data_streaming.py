@@ -1,5 +1,6 @@
 """Streaming: the order is a function of (seed, position), pictures are a source's, and servers may fail."""
 
+import contextlib
 import functools
 import http.server
 import io
@@ -8,6 +9,7 @@ import os
 import pickle
 import tarfile
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -325,6 +327,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
+class Drip(float):
+    """A fault: seconds between the first bytes of a file, which does not end."""
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     server: Server
 
@@ -346,6 +352,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.end_headers()
             return None
         self.send_response(200)
+        if isinstance(fault, Drip):
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):  # the client has had enough
+                for _ in range(200):
+                    self.wfile.write(b"x")
+                    time.sleep(fault)
+            return None
         if isinstance(fault, bytes):  # another file, served well
             self.send_header("Content-Length", str(len(fault)))
             self.end_headers()
@@ -431,6 +444,16 @@ def test_a_server_that_keeps_failing(server, tmp_path, fault, expected, tries):
         remote(server, tmp_path).fetch(np.array([12]))
     assert server.asked.count("s-02.tar") == tries
     assert not list((tmp_path / "cache").glob("*s-02*")) and not list((tmp_path / "cache").glob(".*.tmp"))
+
+
+def test_a_server_that_drips(server, tmp_path, monkeypatch):
+    """A byte now and then is within the time-out of a socket for ever: given up after twice that, not at the end."""
+    for name, value in (("_TIMEOUT", 0.5), ("_TRIES", 2)):
+        monkeypatch.setattr(downloads, name, value)
+    server.faults["s-02.tar"] = [Drip(0.03), Drip(0.03)]
+    with pytest.raises(InputError, match=r"s-02\.tar cannot .*: only \d\d? bytes came in \d s, the last of 2 tries"):
+        remote(server, tmp_path).fetch(np.array([12]))
+    assert server.asked.count("s-02.tar") == 2
 
 
 def test_another_index(server, shards, tmp_path):

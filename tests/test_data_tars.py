@@ -11,6 +11,7 @@ import pytest
 from source_checks import check_rows, encoded, error_of, make_folder, picture, png_header, touch
 
 from fastambient.data import open_source, tars
+from fastambient.data.shard_index import index_shards
 from fastambient.errors import InputError
 
 
@@ -315,3 +316,13 @@ def test_a_large_index_is_small(tmp_path):
     (shard,) = source._shards
     arrays = [shard.labels, shard.name_ends, *shard.images, *(a for places in shard.texts.values() for a in places)]
     assert source.length == n and (sum(a.nbytes for a in arrays) + len(shard.names)) / n < 60
+
+
+def test_pictures_of_other_kinds_are_counted(tmp_path, capsys):
+    for number in range(2):
+        others = [("x.gif", b"GIF89a"), ("y.HEIC", b"x"), (".z.gif", b"hidden")]
+        make_tar(tmp_path / f"{number}.tar", [*samples(2 * number, 2 * number + 1), *others])
+    assert open_source(tmp_path).length == 4
+    assert "pictures that are not read (2 .gif, 2 .heic)" in capsys.readouterr().err
+    index_shards(str(tmp_path))
+    assert "pictures that are not read (2 .gif, 2 .heic)" in capsys.readouterr().err

@@ -54,7 +54,9 @@ def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
     """A picture of any mode as "L" or "RGB" of 8 bits: EXIF orientation, 16-bit grey by 1/257, alpha over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        values = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        values = np.asarray(image).astype(np.int32).clip(0, 65535)  # 64 megapixels are 256 MB
+        values += 128
+        values //= 257
         image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

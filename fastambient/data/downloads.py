@@ -186,7 +186,7 @@ def _receive(url: str, limit: int, restart: Callable[[], object], keep: Callable
     received, start = 0, time.monotonic()
     with _opener().open(urllib.request.Request(url, headers={"User-Agent": "fastambient"}), timeout=_TIMEOUT) as answer:
         claimed = answer.headers.get("Content-Length")
-        while block := answer.read(1 << 20):
+        while block := answer.read1(1 << 20):  # what is there: read would wait for all of it, however slowly it comes
             received += len(block)
             if received > limit:
                 raise _Gone(f"it has more than {limit:,} bytes")

@@ -7,7 +7,7 @@ handed one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -22,6 +22,24 @@ MAX_CLASSES = 1 << 20  # labels become one-hot vectors
 MAX_TEXT_BYTES = 1 << 20  # of one sidecar of one image
 ON_BAD_IMAGE = ("error", "skip")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+UNREAD_SUFFIXES = frozenset(  # of pictures that are not read
+    {
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jfif",
+        ".jp2",
+        ".jxl",
+        ".ppm",
+        ".pgm",
+        ".dng",
+        ".psd",
+        ".dcm",
+    }
+)
 TEXT_KINDS = ("txt", "caption", "json")  # sidecar files, by suffix
 LOOK_AT = 256  # images whose headers say what a set of tars or tables is like
 
@@ -212,6 +230,13 @@ def decode_text(data: bytes, name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadEntry(f"has the text {name}, which is no UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def warn_of_unread(counts: Mapping[str, int], where: str) -> None:
+    """Say once that pictures of another kind are left out: a set that lacks them should not be a surprise."""
+    if counts:
+        found = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(counts.items()))
+        warn(f"{where} also holds pictures that are not read ({found}): convert them to PNG, or they are left out")
 
 
 def is_hidden(name: str) -> bool:

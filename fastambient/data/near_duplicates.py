@@ -23,6 +23,7 @@ _DISTANCE = 4  # bits
 _CORRELATION = 0.95
 _SIDE = 16  # pixels of the grey versions
 _FLAT = 1.0  # grey levels; a picture of less contrast is one colour
+_READ = 32  # pictures read at once, of any size
 _MAX_LEADERS = 32  # different pictures of one hash that are told apart
 _POPCOUNT = np.array([number.bit_count() for number in range(1 << 16)], np.uint8)
 
@@ -137,8 +138,8 @@ class _Small:
 
     @staticmethod
     def _read(images: Images, rows: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(rows), 512):
-            for image in images[rows[start : start + 512]]:
+        for start in range(0, len(rows), _READ):
+            for image in images[rows[start : start + _READ]]:
                 picture = _picture(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
                 yield np.asarray(picture, np.uint8).reshape(1, -1)
 

@@ -5,9 +5,11 @@ Opening reads every header and keeps names alone; pixels are decoded by `read`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +22,14 @@ from fastambient.data.items import (
     IMAGE_SUFFIXES,
     MAX_TEXT_BYTES,
     TEXT_KINDS,
+    UNREAD_SUFFIXES,
     EncodedSource,
     Entry,
     check_labels,
     check_size,
     decode_text,
     is_hidden,
+    warn_of_unread,
 )  # fmt: skip
 from fastambient.errors import InputError
 
@@ -40,8 +44,14 @@ class Pictures(EncodedSource):
         super().__init__(files.path.resolve().name, resolution, on_bad_image)
         self._files = files
         found = [name for name in files.names if is_image_name(name)]
+        suffixes = (Path(name).suffix.lower() for name in files.names if not is_hidden(name))
+        unread = Counter(suffix for suffix in suffixes if suffix in UNREAD_SUFFIXES)
         if not found:
-            raise InputError(f"no image in {files.path}: expected PNG, JPEG, WebP or BMP files, also in sub-folders")
+            raise InputError(
+                f"no image in {files.path}: expected PNG, JPEG, WebP or BMP files, also in sub-folders"
+                + _what_there_is(files, unread)
+            )
+        warn_of_unread(unread, str(files.path))
         self._labels, self.class_names = _read_labels(files, found)
         if self._labels is not None:
             self.num_classes = check_labels(np.array(list(self._labels.values())), files.where("dataset.json"))
@@ -105,6 +115,18 @@ class Pictures(EncodedSource):
         return self._files.stamps([*names, *sidecars, *labels])
 
 
+def _what_there_is(files: Files, unread: Mapping[str, int]) -> str:
+    """What a source without an image may have been meant as: "" where nothing says."""
+    if "train/ids.npy" in files.names:
+        return "; it looks like a store that has lost its manifest.json: restore that, or prepare the store again"
+    deeper = (name for name in files.names if name.lower().endswith((".parquet", ".tar")) and not is_hidden(name))
+    if (name := next(deeper, None)) is not None:
+        return f"; there is {name}: name the folder that it lies in, or the file"
+    if unread:
+        return f"; there are {', '.join(sorted(unread))} files: convert them to PNG"
+    return ""
+
+
 def _load_json(files: Files, name: str) -> object:
     try:
         with files.open(name) as stream:
@@ -115,15 +137,25 @@ def _load_json(files: Files, name: str) -> object:
         ) from error
 
 
+def _common_folder(names: list[str]) -> str:
+    """The folders that all of the sorted names lie in, with their last slash: a zip of a folder often begins with the
+    folder itself. "" without."""
+    first, last = (name.split("/")[:-1] for name in (names[0], names[-1]))
+    common = itertools.takewhile(lambda parts: parts[0] == parts[1], zip(first, last, strict=False))
+    return "".join(f"{part}/" for part, _ in common)
+
+
 def _read_labels(files: Files, images: list[str]) -> tuple[dict[str, int] | None, list[str] | None]:
     """(label of each image or None, class names or None)."""
     if "dataset.json" not in files.names:
-        folders = {name.split("/")[0] for name in images if "/" in name}
-        if len(folders) < 2 or not all("/" in name for name in images):
+        above = _common_folder(images)
+        inside = [name[len(above) :] for name in images]
+        folders = {name.split("/")[0] for name in inside if "/" in name}
+        if len(folders) < 2 or not all("/" in name for name in inside):
             return None, None
         class_names = sorted(folders)
         number = {folder: i for i, folder in enumerate(class_names)}
-        return {name: number[name.split("/")[0]] for name in images}, class_names
+        return {name: number[short.split("/")[0]] for name, short in zip(images, inside, strict=True)}, class_names
 
     where, content = files.where("dataset.json"), _load_json(files, "dataset.json")
     entries = content.get("labels") if isinstance(content, dict) else "no object"

@@ -15,6 +15,7 @@ import glob
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from fastambient.console import progress, say
 from fastambient.data.archives import is_unsafe_name
 from fastambient.data.decode import BadEntry, is_grey, use_image
 from fastambient.data.downloads import is_url, read_url
-from fastambient.data.items import LOOK_AT, MAX_CLASSES, file_stamp, is_hidden, open_binary
+from fastambient.data.items import LOOK_AT, MAX_CLASSES, file_stamp, is_hidden, open_binary, warn_of_unread
 from fastambient.data.sources import expand, expand_braces
 from fastambient.data.tars import index_shard, read_image
 from fastambient.errors import InputError
@@ -113,10 +114,10 @@ def write_index(paths: list[Path], out: Path, *, checksums: bool = True) -> dict
     entries: list[dict[str, Any]] = []
     sizes: set[tuple[int, int]] = set()
     labelled = images = classes = 0
-    grey = True
+    grey, unread = True, Counter[str]()
     with progress(f"looking through {len(paths):,} shards", sum(p.stat().st_size for p in paths), "bytes") as advance:
         for path, name in zip(paths, names, strict=True):
-            shard = index_shard(path, name, _leave_out, advance)
+            shard = index_shard(path, name, _leave_out, advance, unread)
             n = len(shard.labels)
             entries.append({"name": name, "images": n, "bytes": file_stamp(path, name)[1]})
             if checksums:
@@ -141,6 +142,7 @@ def write_index(paths: list[Path], out: Path, *, checksums: bool = True) -> dict
         raise InputError(
             f"none of the images of {paths[0]} and {len(paths) - 1:,} more that were looked at can be read"
         )
+    warn_of_unread(unread, str(out.parent))
     width, height = next(iter(sizes))
     content = {
         "format": _FORMAT, "version": _VERSION, "channels": 1 if grey else 3,

@@ -41,12 +41,12 @@ def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype | type, pieces
     with open(temporary, "wb") as file:
         for piece in itertools.chain([None], pieces):
             if piece is None:
-                data = header.getvalue()
+                data = np.frombuffer(header.getvalue(), np.uint8)
             else:
-                data = np.ascontiguousarray(piece, dtype).tobytes()
+                data = np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8)
                 rows += len(piece)
-            file.write(data)
-            digest.update(data)
+            file.write(data)  # type: ignore[arg-type]  # an array is a buffer
+            digest.update(data)  # type: ignore[arg-type]
             size += len(data)
     if rows != shape[0]:
         raise ValueError(f"{path}: {rows} rows written, {shape[0]} announced")

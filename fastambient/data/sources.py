@@ -12,8 +12,8 @@ Colour   EXIF orientation is applied, colour profiles are not. 16-bit grey is sc
 Size     With a resolution R: the largest centred square, resized to R x R with Lanczos (after a box reduction where
          it is more than three times too large). Without: all pictures must be square and of one size.
 Labels   From `dataset.json` where there is one, in EDM's form {"labels": [["00000/img00000000.png", 6], ...]} or
-         null; every image needs one, and every label an image. Otherwise from the first-level sub-folders, if there
-         are several and every image lies in one. In an `.npz`, the integer array `labels`.
+         null; every image needs one, and every label an image. Otherwise from the sub-folders of the folder that all
+         images lie in, if there are several and every image lies in one. In an `.npz`, the integer array `labels`.
 Text     `photo.txt`, `photo.caption` and `photo.json` (UTF-8, suffixes in lower case) beside `photo.jpg` go with it.
 Arrays   uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] in C order, C 1 or 3 (channels last where both would fit); in an
          `.npz` the array `images`, or the only one. No pickle is ever loaded.
@@ -90,6 +90,11 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
             if re.match(r"\w+://|pipe:", str(spec)):
                 raise InputError(f"{spec} is a URL; sources are read from files: download it first")
             hint = did_you_mean(str(spec), ["digits"])
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(spec)) and not path.parent.exists():
+                hint = (
+                    f"; a data set of the Hugging Face hub is downloaded first: hf download {spec} --repo-type dataset"
+                    f" --local-dir {path.name}, then prepare the folder that its .parquet files lie in"
+                )
             raise InputError(
                 f"the source {str(spec)!r} is no built-in data set and no such file or folder exists{hint}"
             )
@@ -109,7 +114,10 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
             return _open_shards(path.name, [path], resolution, on_bad_image)
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
-    raise InputError(f"{path} is no source: expected {_EXPECTED}")
+    part = (
+        "; an .arrow file is part of a data set: name the folder that save_to_disk made" if suffix == ".arrow" else ""
+    )
+    raise InputError(f"{path} is no source: expected {_EXPECTED}{part}")
 
 
 def _unpack(path: Path) -> str:

@@ -115,7 +115,10 @@ class Store:
             if manifest["format"] != FORMAT:
                 raise ValueError(f"its format is {manifest['format']!r}")
         except OSError as error:
-            raise InputError(f"{path} is no store: {file.name} cannot be read ({error.strerror})") from error
+            raise InputError(
+                f"{path} is no store: {file.name} cannot be read ({error.strerror}); name a folder that prepare made,"
+                " or restore the file"
+            ) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{file} is no store's manifest ({error}); prepare the store again") from error
         if manifest.get("version") != VERSION:
@@ -171,7 +174,7 @@ class Store:
             )
         return (
             f"{len(self.train):,} training and {len(self.holdout):,} held-out images of {size}, sigma_data"
-            f" {self.sigma_data:.4g}"
+            f" {self.sigma_data:.4g}" + (f", {self.num_classes:,} classes" if self.num_classes else "")
         )
 
     def _side(self, side: str, count: int, noisy: type | None) -> Split:

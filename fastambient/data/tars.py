@@ -11,6 +11,7 @@ import io
 import os
 import tarfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,14 @@ from fastambient.data.items import (
     MAX_CLASSES,
     MAX_TEXT_BYTES,
     TEXT_KINDS,
+    UNREAD_SUFFIXES,
     EncodedSource,
     Entry,
     decode_text,
     file_stamp,
     is_hidden,
     open_binary,
+    warn_of_unread,
 )  # fmt: skip
 from fastambient.errors import InputError
 
@@ -76,14 +79,16 @@ class Tars(EncodedSource):
         super().__init__(name, resolution, on_bad_image)
         base = os.path.commonpath([path.absolute().parent for path in paths])
         self._shards: list[Shard] = []
+        unread: Counter[str] = Counter()
         with progress(f"looking through {name}", sum(path.stat().st_size for path in paths), "bytes") as advance:
             for path in paths:
                 shard_name = Path(os.path.relpath(path.absolute(), base)).as_posix()
-                self._shards.append(index_shard(path, shard_name, self._bad, advance))
+                self._shards.append(index_shard(path, shard_name, self._bad, advance, unread))
         self._starts = np.cumsum([0, *(len(shard.labels) for shard in self._shards)])
         self.length = int(self._starts[-1])
         if not self.length:
             raise InputError(f"no image in {name}: expected entries named KEY.png, .jpg, .jpeg, .webp or .bmp")
+        warn_of_unread(unread, name)
         self._check_labels()
         self.text_kinds = tuple(kind for kind in TEXT_KINDS if any(kind in shard.texts for shard in self._shards))
         rows = sorted({self.length * i // LOOK_AT for i in range(LOOK_AT)})
@@ -174,6 +179,7 @@ class _Builder:
 
     def __init__(self, path: Path, bad: Callable[[str, str, BadEntry], None], shard_name: str) -> None:
         self.path, self.bad, self.shard_name = path, bad, shard_name
+        self.unread: Counter[str] = Counter()  # suffixes of pictures that are not read
         self.key: str | None = None
         self.keys = array("q")  # hashes
         self.labels, self.name_ends, self.names = array("i"), array("q"), bytearray()
@@ -186,6 +192,8 @@ class _Builder:
         folder, _, base = name.rpartition("/")
         stem, _, suffix = base.partition(".")
         suffix = suffix.lower()
+        if f".{suffix}" in UNREAD_SUFFIXES:
+            self.unread[f".{suffix}"] += 1
         if f".{suffix}" not in IMAGE_SUFFIXES and suffix not in (*TEXT_KINDS, "cls"):
             return
         if (key := f"{folder}/{stem}") != self.key:
@@ -252,9 +260,13 @@ class _Builder:
 
 
 def index_shard(
-    path: Path, name: str, bad: Callable[[str, str, BadEntry], None], advance: Callable[[int], None]
+    path: Path,
+    name: str,
+    bad: Callable[[str, str, BadEntry], None],
+    advance: Callable[[int], None],
+    unread: Counter[str] | None = None,
 ) -> Shard:
-    """The index of a shard; `bad` is told of an image that is left out."""
+    """The index of a shard; `bad` is told of an image that is left out, `unread` counts pictures of other kinds."""
     stamp, builder, told = file_stamp(path, name), _Builder(path, bad, name), 0
     with open(path, "rb") as file:
         for entry in _entries_of(file, path):
@@ -265,6 +277,8 @@ def index_shard(
             if entry.isreg() and not is_hidden(entry_name):
                 builder.add(file, entry_name, entry.offset_data, entry.size)
     advance(stamp[1] - told)
+    if unread is not None:
+        unread.update(builder.unread)
     return builder.build(stamp)
 
 

@@ -18,12 +18,10 @@ and data gradient are torch's. On a GPU all three are cuDNN's, so there is no Tr
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastambient_kernels._registration import choose, register
 
@@ -48,12 +46,6 @@ def _run(x: Tensor, dy: Tensor, kernel: int, bias: bool) -> tuple[Tensor, Tensor
 conv_weight = register(
     "conv_weight_native(Tensor x, Tensor dy, int kernel, bool bias) -> (Tensor, Tensor)", _run, _empty
 )
-
-
-@register_flop_formula(torch.ops.fastambient.conv_weight_native)  # type: ignore[untyped-decorator]
-def _flops(x: torch.Size, dy: torch.Size, kernel: int, *_: Any, **__: Any) -> int:
-    n, channels, height, width = x
-    return 2 * n * height * width * channels * dy[1] * kernel**2
 
 
 class _Convolution(torch.autograd.Function):
