@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastambient.models.layers import Conv2d, DropoutKey, GroupNorm, UNetBlock
+from fastambient.models.blocks import UNetBlock
+from fastambient.models.layers import Conv2d, DropoutKey, GroupNorm
 
 Network = Callable[..., Tensor]
 

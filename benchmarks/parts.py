@@ -25,7 +25,8 @@ from baselines import FusedAdam, plainly, two_regime_loss
 from torch import Tensor, nn
 
 from fastambient.data import Batch
-from fastambient.models.layers import Conv2d, Dropout, DropoutKey, GroupNorm, UNetBlock
+from fastambient.models.blocks import UNetBlock
+from fastambient.models.layers import Conv2d, Dropout, DropoutKey, GroupNorm
 from fastambient.models.presets import PRESETS
 from fastambient.training.loop import Trainer
 

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from fastambient.data import Batch
 from fastambient.diffusion.edm import draw_sigma
-from fastambient.models.layers import Dropout, UNetBlock, compile_blocks
+from fastambient.models.blocks import UNetBlock, compile_blocks
+from fastambient.models.layers import Dropout
 from fastambient.models.presets import PRESETS
 from fastambient.planning import PIXELS as RESOLUTION
 from fastambient.planning import counts_of

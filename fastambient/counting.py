@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import fastambient_kernels.flops  # noqa: F401  # so that ours are counted
 from fastambient import models
-from fastambient.models.layers import UNetBlock, recompute_levels
+from fastambient.models.blocks import UNetBlock, recompute_levels
 
 
 @dataclass(frozen=True)

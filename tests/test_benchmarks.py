@@ -20,7 +20,7 @@ from torch import nn
 from fastambient import models
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.diffusion.samplers import dpmpp_2m, heun
-from fastambient.models import layers
+from fastambient.models import blocks
 from fastambient.nvml import Reading
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -275,17 +275,17 @@ def test_compiled_steps_have_rows_of_their_own(tmp_path, monkeypatch):
 
     def begin(block, x, emb):
         inside[0] += 1
-        return layers.UNetBlock._begin(block, x, emb)
+        return blocks.UNetBlock._begin(block, x, emb)
 
     def fails(block, x, emb):
         raise RuntimeError("no compiler")
 
     options = ["--device", "cpu", "--batch", "4", "--precision", "fp32", "--out", str(tmp_path), "--rounds", "5"]
     monkeypatch.setattr(sys, "argv", ["step_time.py", *options, "--compile"])
-    monkeypatch.setattr(layers, "_compiled_parts", lambda: (fails, layers.UNetBlock._finish))
+    monkeypatch.setattr(blocks, "_compiled_parts", lambda: (fails, blocks.UNetBlock._finish))
     with pytest.raises(SystemExit, match="compiling failed; no time is reported"):
         step_time.main()
-    monkeypatch.setattr(layers, "_compiled_parts", lambda: (begin, layers.UNetBlock._finish))
+    monkeypatch.setattr(blocks, "_compiled_parts", lambda: (begin, blocks.UNetBlock._finish))
     calls = []
     monkeypatch.setattr(
         step_time, "measure", lambda network, *_, **__: calls.append(network) or floor.Floor(1e9, 1e-3, 1e-3)
@@ -294,7 +294,7 @@ def test_compiled_steps_have_rows_of_their_own(tmp_path, monkeypatch):
     step_time.main()
     (row,) = json.loads((tmp_path / "step_time-digits-fp32-4-compiled-cpu.json").read_text())["rows"]
     assert row["work"] == "train digits fp32 compiled" and 0 < row["agreement"] < 2e-4 and inside[0] > 0
-    assert not any(m.compiled for m in calls[0].modules() if isinstance(m, layers.UNetBlock))
+    assert not any(m.compiled for m in calls[0].modules() if isinstance(m, blocks.UNetBlock))
 
 
 def test_the_page_agrees_with_the_rows():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastambient.models import build
-from fastambient.models.layers import Dropout, UNetBlock, drop_labels
+from fastambient.models.blocks import UNetBlock
+from fastambient.models.layers import Dropout, drop_labels
 from fastambient_kernels.dropout import keep_mask
 
 CONFIG = {

@@ -11,15 +11,8 @@ import torch.nn.functional as F
 
 from fastambient.errors import InputError
 from fastambient.models import build
-from fastambient.models.layers import (
-    BlockStyle,
-    Conv2d,
-    GroupNorm,
-    Init,
-    PositionalEmbedding,
-    UNetBlock,
-    scaled_dot_product,
-)
+from fastambient.models.blocks import BlockStyle, UNetBlock, scaled_dot_product
+from fastambient.models.layers import Conv2d, GroupNorm, Init, PositionalEmbedding
 
 DDPMPP = {
     "model_type": "SongUNet",

@@ -8,7 +8,7 @@ from conftest import make_run, read_stats, train_here
 from test_models_dropout import batch, network, positions
 
 from fastambient.errors import InputError
-from fastambient.models.layers import UNetBlock, recompute_levels
+from fastambient.models.blocks import UNetBlock, recompute_levels
 
 NETWORKS = {
     "ddpmpp": {},

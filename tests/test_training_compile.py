@@ -11,8 +11,8 @@ import torch
 from conftest import make_run, read_stats, train_here
 
 from fastambient.errors import InputError
-from fastambient.models import layers
-from fastambient.models.layers import UNetBlock, compile_blocks
+from fastambient.models import blocks
+from fastambient.models.blocks import UNetBlock, compile_blocks
 from fastambient.training import compile as compiling
 from fastambient.training.config import TrainingSettings
 from fastambient.training.distributed import World
@@ -48,7 +48,7 @@ def traced(monkeypatch):
                      (UNetBlock._begin, UNetBlock._finish))  # fmt: skip
 
     torch._dynamo.reset()
-    monkeypatch.setattr(layers, "_compiled_parts", parts)
+    monkeypatch.setattr(blocks, "_compiled_parts", parts)
     yield graphs
     torch._dynamo.reset()
 
@@ -146,7 +146,7 @@ def test_a_failure_costs_nothing(tmp_path, monkeypatch, capsys, stage):
             raise RuntimeError("no C++ compiler\nfound here")
         return Broken.apply(UNetBlock._begin(self, x, emb))
 
-    monkeypatch.setattr(layers, "_compiled_parts", lambda: (broken, UNetBlock._finish))
+    monkeypatch.setattr(blocks, "_compiled_parts", lambda: (broken, UNetBlock._finish))
     for nimg in range(0, 24, 8):
         assert plain.step(nimg) == failing.step(nimg)
     assert all(map(torch.equal, weights(plain), weights(failing)))
@@ -173,7 +173,7 @@ def test_which_runs_compile(tmp_path, monkeypatch):
     assert not compiling.wanted(dataclasses.replace(t, compile="off"))
     with pytest.raises(InputError, match=r"training\.compile must be one of auto, on, off, got 'yes'"):
         make_run(tmp_path / "wrong", "training.compile='yes'")
-    monkeypatch.setattr(layers, "_compiled_parts", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(blocks, "_compiled_parts", lambda: pytest.fail("compiled"))
     for setting in ("auto", "off"):
         trainer_of(tmp_path / setting, f"training.compile={setting}").step(0)
 

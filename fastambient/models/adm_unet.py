@@ -12,15 +12,14 @@ from itertools import count
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastambient.models.blocks import BlockStyle, UNetBlock
 from fastambient.models.layers import (
-    BlockStyle,
     Conv2d,
     DropoutKey,
     GroupNorm,
     Init,
     Linear,
     PositionalEmbedding,
-    UNetBlock,
     check_sizes,
     drop_labels,
     one_hot_or_zeros,

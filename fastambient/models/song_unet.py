@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastambient.errors import InputError, did_you_mean
+from fastambient.models.blocks import BlockStyle, UNetBlock
 from fastambient.models.layers import (
-    BlockStyle,
     Conv2d,
     DropoutKey,
     FourierEmbedding,
@@ -26,7 +26,6 @@ from fastambient.models.layers import (
     Init,
     Linear,
     PositionalEmbedding,
-    UNetBlock,
     check_sizes,
     drop_labels,
     one_hot_or_zeros,

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastambient.console import duration, say, warn
 from fastambient.files import cache_folder
-from fastambient.models.layers import compile_blocks
+from fastambient.models.blocks import compile_blocks
 from fastambient.training.config import TrainingSettings
 
 

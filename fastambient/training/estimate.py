@@ -15,7 +15,7 @@ from fastambient import models
 from fastambient.console import duration
 from fastambient.counting import Counts, count
 from fastambient.errors import InputError
-from fastambient.models.layers import recompute_levels
+from fastambient.models.blocks import recompute_levels
 from fastambient.planning import STATE_BYTES, known_gpu, machine, memory
 from fastambient.system import available_memory
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config

@@ -27,7 +27,7 @@ from fastambient.data.streaming import read_journal
 from fastambient.diffusion.ambient import share_message
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.errors import FastambientError
-from fastambient.models.layers import compile_blocks, recompute_levels
+from fastambient.models.blocks import compile_blocks, recompute_levels
 from fastambient.nvml import open_gpu
 from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
