@@ -9,7 +9,18 @@ import sys
 
 import pytest
 import torch
-from ambient_checks import ANY_SIZE, FEW_VALUES, KEYS, SEEDS, assert_seen, assert_within, batch, compare
+from ambient_checks import (
+    ANY_SIZE,
+    FEW_VALUES,
+    KEYS,
+    SEEDS,
+    assert_rounds_to_nearest_even,
+    assert_seen,
+    assert_uniforms_of_zero,
+    assert_within,
+    batch,
+    compare,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -99,6 +110,11 @@ def test_noise_agrees_with_the_reference_to_1e_6():
     z = native.net_input / native.coefficients.c_in.view(-1, 1, 1, 1)
     exact = normal(ids, 3072, seed=SEEDS["noise_seed"], stream=0, dtype=torch.float64).view_as(z)
     assert (z - exact).abs().max() < 1e-6 * exact.abs().max()
+
+
+def test_rare_words_and_ties():
+    assert_uniforms_of_zero("native")
+    assert_rounds_to_nearest_even("native")
 
 
 def arguments(*, flips=True, x_n=False):
