@@ -309,7 +309,9 @@ def test_extreme_values(dtype, last):
 def test_rounds_to_nearest_even(last):
     """Without weight y is the bias, so that its bits can be chosen: ties among them."""
     bits = torch.arange(32, dtype=torch.int32) * 0x30000 + 0x3F800000
-    bias = (bits + torch.tensor([0x8000, 0x7FFF, 0x8001, 0x18000], dtype=torch.int32).repeat(8)).view(torch.float32)
+    bias = (bits + torch.tensor([0x8000, 0x7FFF, 0x8001, 0x18000], dtype=torch.int32).repeat_interleave(8)).view(
+        torch.float32
+    )
     x = torch.randn(2, 32, 5, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     y = group_norm_silu(x, torch.zeros(32), bias, groups=8, silu=False, impl="native")
