@@ -138,7 +138,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
             "fastambient_kernels: fast operators have no second derivative (group_norm_silu: impl='reference' has)",
             len(every),
         )
-        return refused(*(None if t is None else t.detach().requires_grad_() for t in every))
+        return refused(*(None if t is None else t.detach().requires_grad_() for t in every))  # type: ignore[arg-type]
 
     return once
 

@@ -388,7 +388,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
 
 
 def _at_least_zero(value: Any) -> bool:
-    return isinstance(value, Real) and value >= 0
+    return isinstance(value, Real) and float(value) >= 0
 
 
 def _unsupported(params: Sequence[Tensor]) -> Exception | None:
