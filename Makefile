@@ -72,11 +72,16 @@ test: $(TEST_STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(wildcard tests/test_triton_*.py)
 
-# Then all but the operators' own tests again, on the plain torch operators: `make test` took the fast ones.
+# Then all but the operators' own tests again, with each implementation named: what cannot run it is then an error,
+# where "auto" would fall back. Without a native library there is nothing to name, and the reason is printed.
+OTHER_TESTS = $(filter-out tests/test_kernels_% tests/test_triton_% tests/test_packaging.py,$(wildcard tests/test_*.py))
+NO_NATIVE   = import sys; from fastambient_kernels import _native; r = _native.missing("ambient_noise"); \
+  r and print(f"not tested with FASTAMBIENT_IMPL=native: {r}"); sys.exit(r is None)
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
-	FASTAMBIENT_IMPL=reference $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" \
-	  $(filter-out tests/test_kernels_% tests/test_triton_% tests/test_packaging.py,$(wildcard tests/test_*.py))
+	FASTAMBIENT_IMPL=reference $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(OTHER_TESTS)
+	$(BIN)/python -c '$(NO_NATIVE)' || \
+	  FASTAMBIENT_IMPL=native $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(OTHER_TESTS)
 
 test-gpu: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m gpu

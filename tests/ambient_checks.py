@@ -67,6 +67,25 @@ def _worst(got, exact, floor):
     return ((got - exact).abs().amax(1) / exact.abs().amax(1).clamp(min=floor)).max().item()
 
 
+def assert_uniforms_of_zero(impl: str):
+    """Two ids whose words hold a uniform of 0, where the logarithm is that of 1e-7: 1 in 2^24, and never a NaN."""
+    ids, keywords = torch.tensor([1224113, 5680941]), KEYS | {"sigma_tn": 1.0, "noise_seed": 0}
+    got = ambient_noise(torch.zeros(2, 1, 1, 4), ids, None, ids, torch.ones(2), impl=impl, **keywords)
+    z = got.net_input / got.coefficients.c_in.view(-1, 1, 1, 1)
+    exact = normal(ids, 4, seed=0, stream=0, dtype=torch.float64).view_as(z)
+    assert exact.abs().max() > 5 and (z - exact).abs().max() < 1e-5, (z, exact)
+
+
+def assert_rounds_to_nearest_even(impl: str):
+    """c_in = 1 and a noise of 1e-30 leave a float image as it is, so that its bits can be chosen: ties, and others."""
+    bits = torch.randint(0x3000, 0x4000, (4096,), generator=torch.Generator().manual_seed(0), dtype=torch.int32) << 16
+    bits += torch.tensor([0x8000, 0x7FFF, 0x8001, 0], dtype=torch.int32).repeat(1024)
+    images, ids = bits.view(torch.float32).view(1, 1, 64, 64), torch.tensor([3])
+    keywords = KEYS | {"sigma_tn": 0.0, "sigma_data": 1.0, "out_dtype": torch.bfloat16}
+    x = ambient_noise(images, ids, None, ids, torch.full((1,), 1e-30), impl=impl, **keywords).net_input
+    assert torch.equal(x, images.bfloat16())
+
+
 def assert_within(errors, limits=LIMITS, *, F_dtype=torch.float32):
     """Hold what `compare` returned to the tolerances."""
     noise, loss, dF = errors

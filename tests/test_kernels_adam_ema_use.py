@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 
@@ -214,6 +215,60 @@ def test_works_with_what_surrounds_an_optimizer():
     assert optimizer.state[layer.weight]["step"] == steps + 1
 
 
+def test_takes_every_argument_of_torchs_adam():
+    """`impl` chooses how; what torch's optimizer is told about its own ways changes nothing, nor reaches a state_dict."""
+    ours, theirs = (inspect.signature(kind.__init__).parameters for kind in (AdamEMA, torch.optim.Adam))
+    assert theirs.keys() <= ours.keys()
+    for name, expected in theirs.items():
+        assert ours[name].default == expected.default and ours[name].kind == expected.kind, name
+    for options in ({"fused": True}, {"foreach": True}, {"fused": False, "foreach": False}):
+        p = param(2)
+        optimizer = AdamEMA([{"params": [p], **options}], **options)
+        p.grad = torch.ones(2)
+        optimizer.step()
+        other = torch.optim.Adam([param(2)], foreach=True)
+        other.load_state_dict(optimizer.state_dict())
+        assert other.param_groups[0]["fused"] is True and other.param_groups[0]["foreach"] is None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_groups_and_tensors_that_hold_little(impl):
+    """An empty first group, a scalar, a parameter of no elements."""
+    scalar, none, twin = torch.nn.Parameter(torch.tensor(2.0)), param(3, 0), torch.nn.Parameter(torch.tensor(2.0))
+    optimizer = AdamEMA([{"params": []}, {"params": [scalar, none]}], impl=impl, emas=1)
+    adam = torch.optim.Adam([twin])
+    optimizer.step(ema_betas=(0.5,))
+    for step in range(3):
+        scalar.grad, twin.grad = torch.tensor(1.0 + step), torch.tensor(1.0 + step)
+        none.grad = torch.zeros(3, 0)
+        optimizer.step(ema_betas=(0.5,))
+        adam.step()
+    torch.testing.assert_close(scalar, twin)
+    assert optimizer.grad_norm == 3 and optimizer.state[none]["step"] == 3
+
+
+@pytest.mark.parametrize("kind", ["OneCycleLR", "CyclicLR", "ReduceLROnPlateau", "CosineAnnealingLR"])
+def test_schedulers_of_torch(kind):
+    """They write lr (and some of them betas) into the groups, and read initial values from there."""
+    make = {
+        "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, 6),
+        "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+        "ReduceLROnPlateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+        "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    }[kind]
+    p, q = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    optimizers = AdamEMA([p]), torch.optim.Adam([q])
+    schedulers = [make(o) for o in optimizers]
+    for step in range(6):
+        p.grad, q.grad = torch.full((5,), 1.0 + step), torch.full((5,), 1.0 + step)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step(*([1.0] if kind == "ReduceLROnPlateau" else []))
+        assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"]
+        assert optimizers[0].param_groups[0]["betas"] == optimizers[1].param_groups[0]["betas"]
+    torch.testing.assert_close(p, q)
+
+
 def param(*shape, dtype=torch.float32):
     return torch.nn.Parameter(torch.zeros(*shape, dtype=dtype))
 
@@ -223,7 +278,13 @@ def param(*shape, dtype=torch.float32):
     [
         ({"amsgrad": True}, ValueError, "amsgrad=True"),
         ({"maximize": True}, ValueError, "maximize=True"),
+        ({"differentiable": True}, ValueError, "differentiable=True"),
         ({"lr": -1.0}, ValueError, "lr must be at least 0, got -1"),
+        ({"lr": "1e-3"}, ValueError, "lr must be at least 0, got '1e-3'"),
+        ({"betas": None}, ValueError, "betas must be two numbers"),
+        ({"eps": None}, ValueError, "eps must be at least 0, got None"),
+        ({"emas": -1}, ValueError, "emas must be a number of moving averages"),
+        ({"emas": 0.5}, ValueError, "emas must be a number of moving averages"),
         ({"lr": math.nan}, ValueError, "lr must be at least 0"),
         ({"lr": torch.zeros(2)}, ValueError, "one element"),
         ({"betas": (0.9, 1.0)}, ValueError, "betas must be two numbers"),
@@ -258,6 +319,12 @@ def test_refuses_at_a_step():
         optimizer.step()
     with pytest.raises(ValueError, match="lie in"):
         optimizer.step(ema_betas=(1.5,))
+    with pytest.raises(ValueError, match="one element"):
+        optimizer.step(ema_betas=(torch.ones(2),))
+    optimizer.param_groups[0]["maximize"] = True  # set behind the constructor's back
+    with pytest.raises(ValueError, match="maximize=True"):
+        optimizer.step(ema_betas=(0.5,))
+    optimizer.param_groups[0]["maximize"] = False
     p.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step(ema_betas=(0.5,))

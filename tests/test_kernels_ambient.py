@@ -319,10 +319,19 @@ def test_gradcheck():
         ({"images": torch.zeros(8, 3, 6, 6, dtype=torch.int32)}, "images must be uint8 or float"),
         ({"ids": torch.arange(7)}, r"ids must be \[8\]"),
         ({"ids": torch.arange(8.0)}, "int64"),
-        ({"x_n": torch.zeros(8, 3, 5, 5)}, "x_n must have the images' shape"),
+        ({"ids": torch.arange(8, device="meta")}, "ids must be on the images' device, cpu, not on meta"),
+        ({"flips": torch.zeros(8)}, "flips must be bool"),
+        ({"sigma": torch.ones(8, dtype=torch.int64)}, "sigma must be float"),
+        ({"sigma": torch.ones(8, dtype=torch.complex64)}, "sigma must be float"),
+        ({"x_n": torch.zeros(8, 3, 5, 5)}, r"x_n must be \[8, 3, 6, 6\], got \[8, 3, 5, 5\]"),
+        ({"x_n": torch.zeros(8, 3, 6, 6, dtype=torch.uint8)}, "x_n must be float, got torch.uint8"),
+        ({"out_dtype": torch.int32}, "out_dtype must be a float dtype"),
+        ({"memory_format": torch.channels_last_3d}, "memory_format must be"),
+        ({"run_seed": 1.5}, "a seed must be an integer, got 1.5"),
         ({"sigma_tn": -1.0}, "sigma_tn must be 0 or more"),
         ({"sigma_tn": math.nan}, "sigma_tn must be 0 or more"),
         ({"sigma_data": 0.0}, "sigma_data must be above 0"),
+        ({"sigma_data": math.inf}, "sigma_data must be above 0 and finite"),
         ({"impl": "cuda"}, "impl must be"),
     ],
 )
@@ -331,3 +340,49 @@ def test_errors_name_the_value(change, error):
     arguments = dict(zip(names, batch(), strict=True)) | {"sigma_tn": 0.4, "sigma_data": 0.5, **SEEDS} | change
     with pytest.raises((TypeError, ValueError), match=error):
         ambient_noise(**arguments)
+
+
+def test_errors_of_the_loss():
+    data, keywords = batch(), {"sigma_tn": 0.4, "sigma_data": 0.5, **SEEDS}
+    for F, error, text in (
+        (torch.zeros(8, 3, 6, 5), TypeError, "F must be float"),
+        (torch.zeros(8, 3, 6, 6, dtype=torch.int64), TypeError, "F must be float"),
+        (torch.zeros(8, 3, 6, 6, device="meta"), ValueError, "F must be on the images' device"),
+    ):
+        with pytest.raises(error, match=text):
+            ambient_loss(F, *data, **keywords)
+    with pytest.raises(ValueError, match="weighting must be one of paper, unit"):
+        ambient_loss(torch.zeros(8, 3, 6, 6), *data, weighting="a", **keywords)
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_what_has_no_derivative_says_so(impl):
+    """F alone has a gradient; a second derivative is refused, also where the incoming gradient needs none."""
+    images, ids, flips, positions, sigma = batch(dtype=torch.float32)
+    keywords = {"sigma_tn": 0.4, "sigma_data": 0.5, "impl": impl, **SEEDS}
+    leaves = (images.requires_grad_(), ids, flips, positions, sigma.clone().requires_grad_())
+    assert not ambient_noise(*leaves, **keywords).net_input.requires_grad
+    F = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = ambient_loss(F, *leaves, **keywords)
+    (dF,) = torch.autograd.grad(loss.sum(), F, create_graph=True)
+    penalty = loss.sum() + dF.square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        penalty.backward()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(lambda f: ambient_loss(f, *leaves, **keywords))(torch.zeros(2, 8, 3, 6, 6))
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_level_that_is_no_number_stays_in_its_sample(impl, bad):
+    images, ids, flips, positions, sigma = batch()
+    keywords = {"sigma_tn": 0.4, "sigma_data": 0.5, "impl": impl, **SEEDS}
+    F = torch.ones(8, 3, 6, 6)
+    expected = ambient_loss(F, images, ids, flips, positions, sigma, **keywords)
+    sigma = sigma.clone()
+    sigma[3] = bad
+    losses = ambient_loss(F, images, ids, flips, positions, sigma, **keywords)
+    x = ambient_noise(images, ids, flips, positions, sigma, **keywords).net_input
+    others = torch.arange(8) != 3
+    assert losses[3].isnan() and torch.equal(losses[others], expected[others])
+    assert x[3].isnan().all() and x[others].isfinite().all()

@@ -9,9 +9,21 @@ import sys
 
 import pytest
 import torch
-from ambient_checks import ANY_SIZE, FEW_VALUES, KEYS, SEEDS, assert_seen, assert_within, batch, compare
+from ambient_checks import (
+    ANY_SIZE,
+    FEW_VALUES,
+    KEYS,
+    SEEDS,
+    assert_rounds_to_nearest_even,
+    assert_seen,
+    assert_uniforms_of_zero,
+    assert_within,
+    batch,
+    compare,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastambient_kernels.ambient as ambient
 from fastambient_kernels import _native, ambient_loss, ambient_noise, normal
@@ -100,6 +112,11 @@ def test_noise_agrees_with_the_reference_to_1e_6():
     assert (z - exact).abs().max() < 1e-6 * exact.abs().max()
 
 
+def test_rare_words_and_ties():
+    assert_uniforms_of_zero("native")
+    assert_rounds_to_nearest_even("native")
+
+
 def arguments(*, flips=True, x_n=False):
     data = batch(3, 2, 4, 5)
     stored = torch.randn(data[0].shape) if x_n else None
@@ -122,15 +139,18 @@ def test_compiles_as_one_graph(dynamic):
         x = ambient_noise(images, ids, None, positions, sigma, impl="native", **KEYS).net_input
         return ambient_loss(F * x, images, ids, None, positions, sigma, impl="native", **KEYS).mean()
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for n in (4, 6) if dynamic else (4,):
-        images, ids, _, positions, sigma = batch(n)
+    counter, first = CompileCounterWithBackend("aot_eager"), 0
+    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=dynamic)
+    for n, size in ((4, 6), (6, 6), (3, 10)) if dynamic else ((4, 6),):
+        images, ids, _, positions, sigma = batch(n, 3, size, size)
         F = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         one, two = F.clone().requires_grad_(), F.clone().requires_grad_()
         a, b = step(one, images, ids, positions, sigma), compiled(two, images, ids, positions, sigma)
         a.backward()
         b.backward()
         assert torch.equal(a, b) and torch.equal(one.grad, two.grad)
+        first = first or counter.frame_count  # 2 where torch starts over: it has made a float a constant
+    assert counter.frame_count == first, "a graph for each size is not dynamic"
 
 
 def test_every_instruction_set_agrees():

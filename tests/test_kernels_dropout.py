@@ -30,6 +30,15 @@ def test_masks_are_the_contracts_words():
         assert keep[n].tolist() == [h >= 0.25 * 65536 for h in halves]
 
 
+def test_the_threshold_itself_is_kept():
+    """One step of 2^-16 is seen where a half word is the threshold."""
+    count, positions = 20_000, torch.arange(20)
+    words = random_words(positions, count // 2, seed=SEED, stream=Stream.DROPOUT)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)
+    assert (halves == 16384).any() and (halves == 16383).any()
+    assert torch.equal(keep_mask(positions, count, p=0.25, seed=SEED, layer=0), halves >= 16384)
+
+
 def test_masks_differ_between_layers_positions_and_seeds():
     p, count = 0.25, 40_000
 

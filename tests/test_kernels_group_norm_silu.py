@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastambient_kernels import GroupNormSiLU, _native, group_norm_silu
 
@@ -203,14 +204,45 @@ def test_opcheck(optional, last):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(dynamic):
     module = GroupNormSiLU(6, 24, impl="native")
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for n in (2, 3) if dynamic else (2,):
-        x = torch.randn(n, 24, 4, 4)
+    counter, first = CompileCounterWithBackend("aot_eager"), 0
+    compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=dynamic)
+    for n, size in ((2, 4), (3, 4), (2, 5)) if dynamic else ((2, 4),):
+        x = torch.randn(n, 24, size, size)
         one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
         a, b = module(one), compiled(two)
         a.square().sum().backward()
         b.square().sum().backward()
         assert torch.equal(a, b) and torch.equal(one.grad, two.grad)
+        first = first or counter.frame_count  # 2 where torch starts over: it has made a float a constant
+    assert counter.frame_count == first, "a graph for each size is not dynamic"
+
+
+def test_a_second_derivative_is_the_references_alone():
+    """Refused also where the incoming gradient needs none: a penalty must not become a constant."""
+    x = torch.randn(2, 24, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.ones(24, dtype=torch.float64), torch.zeros(24, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda v: group_norm_silu(v, weight, bias, groups=6), (x,))
+    if MISSING is None:
+        x = torch.randn(2, 24, 3, 3, requires_grad=True)
+        y = group_norm_silu(x, torch.ones(24), torch.zeros(24), groups=6, impl="native")
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (y.sum() + g.square().sum()).backward()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("last", [True, False])
+def test_constant_groups(impl, last):
+    """Zero variance: y is silu(bias), up to the mean's own rounding times rstd = 1/sqrt(eps); the gradient is finite."""
+    bias = torch.linspace(-2, 2, 24)
+    for value in (0.0, 1.0, -100.0, 1e4):
+        x = torch.full((2, 24, 9, 9), value)
+        x = (x.contiguous(memory_format=torch.channels_last) if last else x).requires_grad_()
+        y = group_norm_silu(x, torch.ones(24), bias, groups=6, impl=impl)
+        y.square().sum().backward()
+        band = abs(value) * 2.0**-23 / 1e-5**0.5 + 1e-6
+        expected = F.silu(bias).view(1, 24, 1, 1)
+        assert (y - expected).abs().max() <= 1.1 * band and x.grad.isfinite().all()
 
 
 def test_module_replaces_group_norm_and_silu():
@@ -273,6 +305,20 @@ def test_extreme_values(dtype, last):
 
 
 @native
+@pytest.mark.parametrize("last", [True, False])
+def test_rounds_to_nearest_even(last):
+    """Without weight y is the bias, so that its bits can be chosen: ties among them."""
+    bits = torch.arange(32, dtype=torch.int32) * 0x30000 + 0x3F800000
+    bias = (bits + torch.tensor([0x8000, 0x7FFF, 0x8001, 0x18000], dtype=torch.int32).repeat_interleave(8)).view(
+        torch.float32
+    )
+    x = torch.randn(2, 32, 5, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    y = group_norm_silu(x, torch.zeros(32), bias, groups=8, silu=False, impl="native")
+    assert torch.equal(y, bias.bfloat16().view(1, 32, 1, 1).expand_as(y))
+
+
+@native
 @pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_every_instruction_set(isa):
     """FASTAMBIENT_ISA lowers the choice; the other tests run what this machine has best."""
@@ -323,6 +369,9 @@ def test_the_gate_can_fail(monkeypatch):
         ({"weight": torch.ones(31)}, r"weight must be \[32\]"),
         ({"scale": torch.ones(2, 31)}, r"scale must be \[2, 32\]"),
         ({"x": torch.ones(2, 32, 4, 4, dtype=torch.int64)}, "x must be float"),
+        ({"shift": torch.ones(2, 32, dtype=torch.int64)}, "shift must be float, got torch.int64"),
+        ({"add": torch.ones(2, 32, device="meta")}, "add must be on x's device, cpu, not on meta"),
+        ({"eps": -1e-5}, "eps must be at least 0"),
         ({"impl": "cuda"}, "impl must be one of"),
     ],
 )

@@ -11,7 +11,19 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 import torch
-from ambient_checks import ANY_SIZE, FEW_VALUES, KEYS, NOISE, SEEDS, assert_seen, assert_within, batch, compare
+from ambient_checks import (
+    ANY_SIZE,
+    FEW_VALUES,
+    KEYS,
+    NOISE,
+    SEEDS,
+    assert_rounds_to_nearest_even,
+    assert_seen,
+    assert_uniforms_of_zero,
+    assert_within,
+    batch,
+    compare,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +106,11 @@ def test_noise_agrees_with_the_contract():
     z = got.net_input / got.coefficients.c_in.view(-1, 1, 1, 1)
     exact = normal(ids, 768, seed=SEEDS["noise_seed"], stream=0, dtype=torch.float64).view_as(z)
     assert (z - exact).abs().max() < 1e-6 * exact.abs().max()
+
+
+def test_rare_words_and_ties():
+    assert_uniforms_of_zero("triton")
+    assert_rounds_to_nearest_even("triton")
 
 
 def test_rounding_to_bfloat16_is_to_nearest_even():

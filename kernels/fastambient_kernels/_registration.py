@@ -20,6 +20,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -119,6 +120,29 @@ def _announce(operator: str, taken: str, device: torch.device, reason: str | Non
             print(f"fastambient_kernels: {operator} on {device.type}: {taken}{why}", file=sys.stderr)
 
 
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For an autograd.Function's backward: a second derivative through it is an error.
+
+    torch's `once_differentiable` makes it one only where the incoming gradient needs a gradient itself. That of
+    ``loss.sum()`` does not: a gradient penalty would then be a constant, and nothing would say so.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # no create_graph
+            return outputs
+        every = outputs if isinstance(outputs, tuple) else (outputs,)
+        refused = torch._C._functions.DelayedError(
+            "fastambient_kernels: fast operators have no second derivative (group_norm_silu: impl='reference' has)",
+            len(every),
+        )
+        return refused(*(None if t is None else t.detach().requires_grad_() for t in every))  # type: ignore[arg-type]
+
+    return once
+
+
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """A 64-bit seed as an int64 tensor with one element: no recompilation when it changes, safe in CUDA graphs."""
     if isinstance(seed, Tensor):
@@ -127,4 +151,7 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
         return seed.to(device)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"a seed must fit in 64 bits, got {seed}")
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
+    tensor = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"a seed must be an integer, got {seed!r}")
+    return tensor

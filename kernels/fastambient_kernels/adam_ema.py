@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +124,8 @@ class AdamEMA(torch.optim.Optimizer):
     lr : learning rate >= 0, or a tensor with one element, read on its device at each step
     betas, eps, weight_decay : as torch.optim.Adam; betas are floats
     decoupled_weight_decay : True for AdamW's decay, False for Adam's; give AdamW's default weight_decay=0.01 yourself
-    amsgrad, maximize : not supported; here so that code written for Adam gets an error
+    amsgrad, maximize, differentiable : not supported; here so that code written for Adam gets an error
+    foreach, fused : as torch.optim.Adam, without effect: `impl` chooses, and every implementation is one fused pass
     capturable : allow a step to be captured in a CUDA graph. Nothing waits for the device either way. Run one step
         before capturing; let `lr` and ``ema_betas`` be tensors on the device, since numbers are frozen into the graph
     max_norm : clip the norm of all gradients together to this; None does not clip
@@ -157,8 +159,11 @@ class AdamEMA(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         *,
+        foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         max_norm: float | None = None,
         emas: int = 0,
@@ -168,6 +173,8 @@ class AdamEMA(torch.optim.Optimizer):
             raise ValueError(f"max_norm must be positive or None, got {max_norm}")
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+        if not isinstance(emas, int) or emas < 0:
+            raise ValueError(f"emas must be a number of moving averages, 0 or more, got {emas!r}")
         self.max_norm, self.impl = max_norm, impl
         self.emas: list[list[Tensor]] = [[] for _ in range(emas)]
         self.grad_norm: Tensor | None = None  # None before the first step
@@ -179,14 +186,16 @@ class AdamEMA(torch.optim.Optimizer):
         super().__init__(params, {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "amsgrad": amsgrad, "maximize": maximize, "foreach": None, "capturable": capturable,
-            "differentiable": False, "fused": True, "decoupled_weight_decay": decoupled_weight_decay,
+            "differentiable": differentiable, "fused": True, "decoupled_weight_decay": decoupled_weight_decay,
         })  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the averages of its parameters start as copies of them."""
         _check_group(self.defaults | param_group)
         super().add_param_group(param_group)
-        params = self.param_groups[-1]["params"]
+        group = self.param_groups[-1]
+        group.update(foreach=None, fused=True)  # a state_dict with both set would be refused by torch's
+        params = group["params"]
         if wrong := _unsupported(params):
             self.param_groups.pop()
             raise wrong
@@ -209,8 +218,12 @@ class AdamEMA(torch.optim.Optimizer):
         if len(ema_betas) != len(self.emas):
             raise ValueError(f"step() needs {len(self.emas)} ema_betas, one for each average, got {len(ema_betas)}")
         for beta in ema_betas:
+            if isinstance(beta, Tensor) and beta.numel() != 1:
+                raise ValueError(f"an ema_beta must be a number or have one element, got shape {list(beta.shape)}")
             if not isinstance(beta, Tensor) and not 0 <= beta <= 1:
                 raise ValueError(f"ema_betas must lie in [0, 1], got {beta}")
+        for group in self.param_groups:  # a user may have set it since
+            _refuse_unsupported(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -245,7 +258,7 @@ class AdamEMA(torch.optim.Optimizer):
         return Tensors(params, grads, exp_avgs, exp_avg_sqs, steps, groups, emas), still
 
     def _run(self, step: Step) -> tuple[Tensor, Tensor]:
-        device = self.param_groups[0]["params"][0].device
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         if not step.tensors.params:
             return _zeros(device)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -321,13 +334,10 @@ class AdamEMA(torch.optim.Optimizer):
         ValueError : names or shapes differ; nothing has been copied then
         """
         own = self.ema_state()
-        wrong = [
-            k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"averages that are missing, unexpected or of another shape: {', '.join(sorted(wrong)[:8])}"
-            )
+        known = own.keys() & state.keys()
+        if wrong := [k for k in own.keys() | state.keys() if k not in known or own[k].shape != state[k].shape]:
+            names = ", ".join(sorted(wrong)[:8])
+            raise ValueError(f"averages that are missing, unexpected or of another shape: {names}")
         for name, ema in own.items():
             ema.copy_(state[name])
 
@@ -360,21 +370,25 @@ def _settle(tensors: Tensors, device: torch.device, *, dense: bool = False) -> N
             tensors.steps[i].data = tensors.steps[i].to(device)
 
 
+def _refuse_unsupported(group: Mapping[str, Any]) -> None:
+    if wrong := [name for name in ("amsgrad", "maximize", "differentiable") if group.get(name)]:
+        raise ValueError(f"AdamEMA does not support {wrong[0]}=True")
+
+
 def _check_group(group: Mapping[str, Any]) -> None:
-    for name in ("amsgrad", "maximize", "differentiable"):
-        if group.get(name):
-            raise ValueError(f"AdamEMA does not support {name}=True")
+    _refuse_unsupported(group)
     lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr must be a number or a tensor with one element, got shape {list(lr.shape)}")
-    elif not lr >= 0:
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor with one element, got shape {list(lr.shape)}")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_at_least_zero(b) and b < 1 for b in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    for name in ("eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name} must be at least 0, got {group[name]}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not _at_least_zero(group[name]) and not (name == "lr" and isinstance(lr, Tensor)):
+            raise ValueError(f"{name} must be at least 0, got {group[name]!r}")
+
+
+def _at_least_zero(value: Any) -> bool:
+    return isinstance(value, Real) and float(value) >= 0
 
 
 def _unsupported(params: Sequence[Tensor]) -> Exception | None:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastambient_kernels._registration import choose, register, seed_tensor
+from fastambient_kernels._registration import choose, differentiable_once, register, seed_tensor
 from fastambient_kernels.noise import Stream, normal
 
 WEIGHTINGS = ("paper", "unit")
@@ -68,10 +68,7 @@ def coefficients(sigma: Tensor, *, sigma_tn: float, sigma_data: float, weighting
     """The scalars of the module's mathematics for noise levels `sigma` (float [N], > 0)."""
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
-    if not sigma_tn >= 0:
-        raise ValueError(f"sigma_tn must be 0 or more, got {sigma_tn}")
-    if not sigma_data > 0:
-        raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+    _check_levels(sigma_tn, sigma_data)
     s, sd = sigma.to(torch.promote_types(sigma.dtype, torch.float32)), float(sigma_data)
     ambient = is_ambient(s, sigma_tn)
     tau = torch.where(ambient, s.new_tensor(sigma_tn), 0.0)  # finite in both regimes, also for sigma_tn = inf
@@ -98,43 +95,40 @@ def _per_sample(value: Tensor) -> Tensor:
     return value.view(-1, 1, 1, 1)
 
 
-def _check(
-    images: Tensor,
-    ids: Tensor,
-    flips: Tensor | None,
-    positions: Tensor,
-    sigma: Tensor,
-    x_n: Tensor | None,
-    sigma_tn: float,
-    sigma_data: float,
-) -> None:
-    if images.dim() != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
-        raise TypeError(f"images must be uint8 or float [N, C, H, W], got {images.dtype} {list(images.shape)}")
+def _check_levels(sigma_tn: float, sigma_data: float) -> None:
     if not sigma_tn >= 0:
         raise ValueError(f"sigma_tn must be 0 or more, got {sigma_tn}")
-    if not sigma_data > 0:
-        raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
-    n = len(images)
-    for name, value in (("ids", ids), ("positions", positions), ("sigma", sigma), ("flips", flips)):
-        if value is not None and value.shape != (n,):
-            raise ValueError(f"{name} must be [{n}], got {list(value.shape)}")
-    for name, value in (("ids", ids), ("positions", positions)):
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {value.dtype}")
-    if x_n is not None and x_n.shape != images.shape:
-        raise ValueError(f"x_n must have the images' shape {list(images.shape)}, got {list(x_n.shape)}")
+    if not 0 < sigma_data < float("inf"):
+        raise ValueError(f"sigma_data must be above 0 and finite, got {sigma_data}")
 
 
+def _check(
+    images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor, sigma: Tensor, x_n: Tensor | None,
+    sigma_tn: float, sigma_data: float,
+) -> None:  # fmt: skip
+    if images.dim() != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise TypeError(f"images must be uint8 or float [N, C, H, W], got {images.dtype} {list(images.shape)}")
+    _check_levels(sigma_tn, sigma_data)
+    each = (images.shape[0],)  # len() would be a constant of a compiled graph
+    for name, value, shape, kind in (
+        ("ids", ids, each, "int64"), ("positions", positions, each, "int64"), ("sigma", sigma, each, "float"),
+        ("flips", flips, each, "bool"), ("x_n", x_n, images.shape, "float"),
+    ):  # fmt: skip
+        if value is None:
+            continue
+        if value.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
+        if not (value.is_floating_point() if kind == "float" else value.dtype == getattr(torch, kind)):
+            raise TypeError(f"{name} must be {kind}, got {value.dtype}")
+        if value.device != images.device:
+            raise ValueError(f"{name} must be on the images' device, {images.device}, not on {value.device}")
+
+
+@torch.no_grad()  # as in the fast paths, F alone has a gradient
 def _visible_and_fresh(
-    images: Tensor,
-    ids: Tensor,
-    positions: Tensor,
-    c: Coefficients,
-    sigma_tn: float,
-    noise_seed: int | Tensor,
-    run_seed: int | Tensor,
-    x_n: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    images: Tensor, ids: Tensor, positions: Tensor, c: Coefficients, sigma_tn: float, noise_seed: int | Tensor,
+    run_seed: int | Tensor, x_n: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, eps), unflipped, in the working precision."""
     work = c.q.dtype
     x0 = images.to(work) / 127.5 - 1 if images.dtype == torch.uint8 else images.to(work)
@@ -157,6 +151,7 @@ def _working_sigma(sigma: Tensor, images: Tensor) -> Tensor:
     return sigma.double() if images.dtype == torch.float64 else sigma
 
 
+@torch.no_grad()
 def _reference_noise(
     images: Tensor, ids: Tensor, flips: Tensor | None, positions: Tensor, sigma: Tensor, x_n: Tensor | None,
     noise_seed: int | Tensor, run_seed: int | Tensor, sigma_tn: float, sigma_data: float, out_dtype: torch.dtype,
@@ -184,7 +179,7 @@ class _ReferenceLoss(torch.autograd.Function):
         return residual.square().flatten(1).sum(1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (dF,) = ctx.saved_tensors
         return _scaled(dF, grad), None, None
@@ -221,7 +216,7 @@ def _run_noise(impl: str) -> Any:
 def _empty_noise(images: Tensor, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor]:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net_input = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=layout)
-    return net_input, torch.empty(len(Coefficients._fields), len(images), dtype=torch.float32, device=images.device)
+    return net_input, torch.empty(len(Coefficients._fields), images.shape[0], dtype=torch.float32, device=images.device)
 
 
 def _fake_noise(images: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -232,7 +227,7 @@ def _run_loss(impl: str) -> Any:
     def run(F: Tensor, images: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         dF = torch.empty_like(F)
         if impl == "native":
-            losses = torch.empty(len(F), dtype=torch.float32, device=F.device)
+            losses = torch.empty(F.shape[0], dtype=torch.float32, device=F.device)
             torch.ops.fastambient_native.ambient_loss(F, images, *rest, dF, losses)
             return losses, dF
         from fastambient_kernels import ambient_triton  # type: ignore[attr-defined]
@@ -243,7 +238,7 @@ def _run_loss(impl: str) -> Any:
 
 
 def _fake_loss(F: Tensor, images: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return F.new_empty(len(F), dtype=torch.float32), torch.empty_like(F)
+    return F.new_empty(F.shape[0], dtype=torch.float32), torch.empty_like(F)
 
 
 _noise_ops, _loss_ops = (
@@ -269,7 +264,7 @@ class _FastLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (dF,) = ctx.saved_tensors
         return _scaled(dF, grad), *[None] * ctx.unused
@@ -343,6 +338,10 @@ def ambient_noise(
     Source: Shah et al. 2025, Algorithm 1; EDM, Table 1.
     """
     _check(images, ids, flips, positions, sigma, x_n, sigma_tn, sigma_data)
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise TypeError(f"out_dtype must be a float dtype, got {out_dtype}")
+    if memory_format not in (None, torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format must be contiguous_format or channels_last, got {memory_format}")
     dtype = out_dtype or _work_dtype(images, sigma, torch.float32)
     layout = memory_format or torch.contiguous_format
     taken = choose("ambient_noise", impl, images.device, _work_dtype(images, sigma, dtype))
@@ -384,6 +383,8 @@ def ambient_loss(
     _check(images, ids, flips, positions, sigma, x_n, sigma_tn, sigma_data)
     if F.shape != images.shape or not F.is_floating_point():
         raise TypeError(f"F must be float {list(images.shape)}, got {F.dtype} {list(F.shape)}")
+    if F.device != images.device:
+        raise ValueError(f"F must be on the images' device, {images.device}, not on {F.device}")
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     taken = choose("ambient_loss", impl, images.device, _work_dtype(images, sigma, F.dtype))

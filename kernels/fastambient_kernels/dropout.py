@@ -42,7 +42,7 @@ def reference(x: Tensor, positions: Tensor, seed: int | Tensor, layer: int, p: f
     """Plain torch, in at least float32, differentiable, returned in x's dtype."""
     mask = keep_mask(positions, x.shape[1:].numel(), p=p, seed=seed, layer=layer, impl="reference")
     if x.dim() > 2:
-        mask = mask.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        mask = mask.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
     mask = torch.empty_like(x, dtype=torch.bool).copy_(mask)  # in x's memory format, which the result then keeps
     work = torch.promote_types(x.dtype, torch.float32)
     return torch.where(mask, x.to(work) * (1 / (1 - p)), 0.0).to(x.dtype)

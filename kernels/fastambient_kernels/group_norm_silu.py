@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastambient_kernels._registration import choose, register
+from fastambient_kernels._registration import choose, differentiable_once, register
 
 
 def reference(
@@ -144,7 +144,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dy: Tensor):  # type: ignore[override]
         x, mean, rstd, weight, bias, scale, shift, add = ctx.saved_tensors
         groups, silu, impl = ctx.settings
@@ -204,12 +204,20 @@ def group_norm_silu(
     n, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         raise ValueError(f"{groups} groups cannot share {channels} channels equally")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
     for name, value, shape in (
         ("weight", weight, (channels,)), ("bias", bias, (channels,)), ("scale", scale, (n, channels)),
         ("shift", shift, (n, channels)), ("add", add, (n, channels)),
     ):  # fmt: skip
-        if value is not None and value.shape != shape:
+        if value is None:
+            continue
+        if value.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be float, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on x's device, {x.device}, not on {value.device}")
     wide = torch.float64 in (x.dtype, weight.dtype)
     if wide and impl == "auto":
         impl = "reference"

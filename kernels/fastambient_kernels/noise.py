@@ -83,7 +83,7 @@ def _reference_words(ids: Tensor, seed: Tensor, stream: int, first: int, count: 
     k0, k1 = split_words(seed, ids.device)
     low, high = split_words(ids)
     blocks = torch.arange(first // 4, first // 4 + -(-count // 4), device=ids.device)
-    shape = (len(ids), len(blocks))
+    shape = (ids.shape[0], blocks.shape[0])
     words = philox4x32(
         blocks[None].expand(shape), low[:, None].expand(shape), high[:, None].expand(shape),
         torch.full(shape, stream, device=ids.device), k0, k1,
@@ -93,7 +93,7 @@ def _reference_words(ids: Tensor, seed: Tensor, stream: int, first: int, count: 
 
 def _run_words(impl: str) -> Any:
     def run(ids: Tensor, seed: Tensor, stream: int, first: int, count: int) -> Tensor:
-        out = torch.empty(len(ids), count, dtype=torch.int64, device=ids.device)
+        out = torch.empty(ids.shape[0], count, dtype=torch.int64, device=ids.device)
         if impl == "native":
             torch.ops.fastambient_native.random_words(ids, seed, stream, first, out)
         else:
@@ -106,7 +106,7 @@ def _run_words(impl: str) -> Any:
 
 
 def _fake_words(ids: Tensor, seed: Tensor, stream: int, first: int, count: int) -> Tensor:
-    return ids.new_empty(len(ids), count)
+    return ids.new_empty(ids.shape[0], count)
 
 
 _word_ops = {
@@ -148,7 +148,7 @@ def random_words(
         raise ValueError(f"first must be a multiple of 4, and all words of 2^34, got {first} and {count} words")
     key = seed_tensor(seed, ids.device)
     taken = choose("random_words", impl, ids.device)
-    if taken == "reference" or len(ids) * count == 0:
+    if taken == "reference" or ids.shape[0] * count == 0:
         return _reference_words(ids, key, int(stream), first, count)
     return _word_ops[taken](ids.contiguous(), key, int(stream), first, count)
 
