@@ -3,14 +3,14 @@
 reference   what the public reference does: float32, eager, contiguous, group norm and SiLU apart, depthwise convolutions
             for resampling, bias apart, attention by einsum in float32, per-tensor clean-up, Adam without fusing,
             per-tensor average; the sampler's state in float64
-strong      what a careful engineer does with torch alone: bfloat16 autocast where the device has it, channels-last,
-            torch.compile, fused Adam, foreach clean-up and average
+strong      what a careful engineer does with torch alone, none of our operators: bfloat16 autocast where the device has
+            it, channels-last, torch.compile, fused Adam, foreach clean-up and average
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -67,25 +67,52 @@ class _PlainGroupNorm(GroupNorm):
 class _PlainConv2d(Conv2d):
     """Resampling by depthwise convolutions, convolution, bias: a pass each."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        channels, pad = x.shape[1], self.kernel // 2
-        if self.resample:
-            taps = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
-            if self.resample == "up":
-                x = F.conv_transpose2d(x, 4 * taps, stride=2, padding=self.filter_pad, groups=channels)
-            elif self.resample == "down":
-                x = F.conv2d(x, taps, stride=2, padding=self.filter_pad, groups=channels)
+    def forward(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
+        pad = self.kernel // 2
+        if self.resample in ("up", "down"):
+            x = _depthwise(self, x)
         if not self.kernel:
             return x
+        y = F.conv2d(x, self.weight, padding=pad + (self.filter_pad if self.resample == "down_fused" else 0))
         if self.resample == "down_fused":
-            x = F.conv2d(x, self.weight, padding=pad + self.filter_pad)
-            taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-            return F.conv2d(x, taps, stride=2, groups=x.shape[1]) + self.bias[:, None, None]
-        return F.conv2d(x, self.weight, padding=pad) + self.bias[:, None, None]
+            y = F.conv2d(y, _taps(self, y), stride=2, groups=y.shape[1])
+        return y + self.bias[:, None, None] if with_bias else y
 
 
-class _PlainBlock(UNetBlock):
-    """Sums, factors and the embedding a pass each; attention as two einsums around a softmax in float32."""
+class _TorchConv2d(Conv2d):
+    """What torch alone gives: the bias with the convolution, boxes by pooling, other filters by depthwise convolutions."""
+
+    def forward(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
+        pad, bias = self.kernel // 2, self.bias if with_bias and self.kernel else None
+        if self.resample == "down_fused":
+            channels, filter_pad = x.shape[1], self.filter_pad + pad
+            if self.box:
+                x = F.avg_pool2d(x, 2, 1, filter_pad)
+            else:
+                x = F.conv2d(x, _taps(self, x), padding=filter_pad, groups=channels)
+            return F.conv2d(x, self.weight, bias, stride=2)
+        if self.resample:
+            if not self.box:
+                x = _depthwise(self, x)
+            elif self.resample == "up":
+                x = F.interpolate(x, scale_factor=2, mode="nearest")
+            else:
+                x = F.avg_pool2d(x, 2)
+        return F.conv2d(x, self.weight, bias, padding=pad) if self.kernel else x
+
+
+def _taps(layer: Conv2d, x: Tensor) -> Tensor:
+    return layer.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+
+
+def _depthwise(layer: Conv2d, x: Tensor) -> Tensor:
+    if layer.resample == "up":
+        return F.conv_transpose2d(x, 4 * _taps(layer, x), stride=2, padding=layer.filter_pad, groups=x.shape[1])
+    return F.conv2d(x, _taps(layer, x), stride=2, padding=layer.filter_pad, groups=x.shape[1])
+
+
+class _SeparateBlock(UNetBlock):
+    """Sums, factors, biases and the embedding a pass each, as one writes them and as torch.compile can fuse them."""
 
     def _compute(self, x: Tensor, emb: Tensor, key: DropoutKey | None, skip: Tensor | None) -> Tensor:
         if skip is not None:
@@ -99,10 +126,14 @@ class _PlainBlock(UNetBlock):
             y = self.norm1(y, add=params)
         y = self.conv1(self.dropout(y, key))
         x = self._rescaled(y + (x if self.skip is None else self.skip(x)))
-        return self._rescaled(x + self._attend(x)) if self.heads else x
+        return self._rescaled(x + self._attend(x) + self.proj.bias[:, None, None]) if self.heads else x
 
     def _rescaled(self, x: Tensor) -> Tensor:
         return x if self.skip_scale == 1 else x * self.skip_scale
+
+
+class _PlainBlock(_SeparateBlock):
+    """And attention as two einsums around a softmax in float32."""
 
     def _attend(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
@@ -110,23 +141,28 @@ class _PlainBlock(UNetBlock):
         q, k, v = qkv.float().unbind(2)
         weights = torch.einsum("ncq,nck->nqk", q, k / math.sqrt(k.shape[1])).softmax(dim=2)
         a = torch.einsum("nqk,nck->ncq", weights, v).to(x.dtype)
-        return self.proj(a.reshape(n, channels, height, width))
+        return self.proj(a.reshape(n, channels, height, width), with_bias=False)
 
 
-_PLAIN = {GroupNorm: _PlainGroupNorm, Conv2d: _PlainConv2d, UNetBlock: _PlainBlock}
+REFERENCE = {GroupNorm: _PlainGroupNorm, Conv2d: _PlainConv2d, UNetBlock: _PlainBlock}
+TORCH = {GroupNorm: _PlainGroupNorm, Conv2d: _TorchConv2d, UNetBlock: _SeparateBlock}
 
 
-def plainly(network: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
-    """The same network with the reference's arrangement of the arithmetic in layers of these kinds; changed in place."""
+def rearranged(network: nn.Module, layers: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    """The same network with another arrangement of the arithmetic in layers of these types; changed in place."""
     for module in network.modules():
-        if type(module) in kinds:
-            module.__class__ = _PLAIN[type(module)]  # same parameters, another forward
+        module.__class__ = layers.get(type(module), type(module))  # same parameters, another forward
     return network
 
 
 def as_shipped(network: nn.Module) -> nn.Module:
-    """The same network as the reference ships it: contiguous, all layers plain; changed in place."""
-    return plainly(network, *_PLAIN).to(memory_format=torch.contiguous_format)
+    """The same network as the reference ships it, contiguous; changed in place."""
+    return rearranged(network, REFERENCE).to(memory_format=torch.contiguous_format)
+
+
+def by_torch(network: nn.Module) -> nn.Module:
+    """The same network from torch's own operators, channels-last; changed in place."""
+    return rearranged(network, TORCH).to(memory_format=torch.channels_last)
 
 
 class PerTensorAdam:
@@ -183,7 +219,7 @@ class BaselineStep:
     ) -> None:  # fmt: skip
         self.sigma_tn, self.sigma_data, self.beta, self.bf16 = sigma_tn, sigma_data, beta, bf16
         self.strong = kind == "strong"
-        self.network = network.to(memory_format=torch.channels_last) if self.strong else as_shipped(network)
+        self.network = by_torch(network) if self.strong else as_shipped(network)
         self.call: Network = torch.compile(self.network) if self.strong else self.network
         self.optimizer = (FusedAdam if self.strong else PerTensorAdam)(list(network.parameters()), lr=lr)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import protocol
 import step_time
 import torch
 import torch.nn.functional as F
-from baselines import FusedAdam, plainly, two_regime_loss
+from baselines import REFERENCE, TORCH, FusedAdam, rearranged, two_regime_loss
 from torch import Tensor, nn
 
 from fastambient.data import Batch
@@ -99,11 +99,19 @@ def _formulas(trainer: Trainer) -> None:
     trainer.step.forward = _Formulas(trainer)  # type: ignore[method-assign]
 
 
+def _layer(kind: type[nn.Module], arrangement: Mapping[type[nn.Module], type[nn.Module]]) -> Callable[[Trainer], None]:
+    def take_out(trainer: Trainer) -> None:
+        rearranged(trainer.network, {kind: arrangement[kind]})
+
+    return take_out
+
+
 PARTS: dict[str, Callable[[Trainer], None]] = {
     "channels-last": _contiguous,
-    "group_norm_silu": lambda trainer: plainly(trainer.network, GroupNorm),
-    "convolutions": lambda trainer: plainly(trainer.network, Conv2d),
-    "attention": lambda trainer: plainly(trainer.network, UNetBlock),
+    "group_norm_silu": _layer(GroupNorm, REFERENCE),
+    "conv2d and resample": _layer(Conv2d, TORCH),
+    "residual": _layer(UNetBlock, TORCH),
+    "residual and attention": _layer(UNetBlock, REFERENCE),
     "dropout": _torch_dropout,
     "noise+loss": _formulas,
     "AdamEMA": _torch_adam,

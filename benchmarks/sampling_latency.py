@@ -19,7 +19,7 @@ import sys
 
 import protocol
 import torch
-from baselines import SAMPLERS, as_shipped
+from baselines import SAMPLERS, as_shipped, by_torch
 from floor import measure
 from step_time import RESOLUTION
 from torch import nn
@@ -56,7 +56,7 @@ def make_networks(preset: str, names: list[str], device: torch.device) -> tuple[
     if "reference" in names:
         networks["reference"] = as_shipped(copy.deepcopy(plain))
     if "strong" in names:
-        last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+        last = by_torch(copy.deepcopy(plain))
         networks["strong"] = torch.compile(last, dynamic=False)  # type: ignore[assignment]  # one for each batch size
     return plain, networks
 
