@@ -1,4 +1,4 @@
-"""The compiled Triton kernels of noise, loss and norm on a GPU: float64, graphs, compile. AdamEMA: test_kernels_adam_ema*."""
+"""The compiled Triton kernels on a GPU: float64, graphs, compile. AdamEMA: test_kernels_adam_ema*."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_run
 from test_kernels_group_norm_silu import assert_within, errors, inputs
+from test_kernels_resample import compare
 
 from fastambient_kernels import ambient_loss, ambient_noise, dropout, group_norm_silu
 from fastambient_kernels.noise import random_words
@@ -34,6 +35,14 @@ def test_noise_and_loss(size, sigma_tn, F_dtype, image, layout):
 @pytest.mark.parametrize(("shape", "groups"), [((4, 256, 32, 32), 32), ((2, 24, 8, 8), 6), ((2, 96, 5, 7), 24), ((1, 1536, 8, 8), 32)])  # fmt: skip
 def test_group_norm_silu(dtype, last, shape, groups):
     assert_within(errors("triton", inputs(shape, last=last), groups, dtype, device="cuda"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("mode", ["down", "up", "filter"])
+@pytest.mark.parametrize("shape", [(4, 256, 32, 32), (3, 3, 17, 19), (2, 24, 8, 8)])
+def test_resample(shape, mode, last, dtype):
+    compare("triton", shape, (1, 3, 3, 1), mode, 1, dtype=dtype, last=last, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
