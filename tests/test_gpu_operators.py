@@ -1,4 +1,4 @@
-"""The compiled Triton kernels of noise, loss and norm on a GPU: float64, graphs, compile. AdamEMA: test_kernels_adam_ema*."""
+"""The compiled Triton kernels on a GPU: float64, graphs, compile. AdamEMA: test_kernels_adam_ema*."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_run
 from test_kernels_group_norm_silu import assert_within, errors, inputs
+from test_kernels_resample import compare
 from test_kernels_residual import assert_right, results
 from test_kernels_residual import inputs as residual_inputs
 
@@ -48,6 +49,14 @@ def test_residual(dtype, last, bias, scale, shape):
     on_gpu = [v if v is None else v.cuda() for v in made]
     found = results(lambda *leaves: residual(*leaves, scale=scale, impl="triton"), *on_gpu)
     assert_right([v.cpu() for v in found], made, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("mode", ["down", "up", "filter"])
+@pytest.mark.parametrize("shape", [(4, 256, 32, 32), (3, 3, 17, 19), (2, 24, 8, 8)])
+def test_resample(shape, mode, last, dtype):
+    compare("triton", shape, (1, 3, 3, 1), mode, 1, dtype=dtype, last=last, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
