@@ -17,6 +17,7 @@ and data gradient are torch's. On a GPU all three are cuDNN's, so there is no Tr
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -31,6 +32,28 @@ from fastambient_kernels._registration import choose, register
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Plain torch, any dtype and device, differentiable."""
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def _same(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    n, _, height, width = x.shape
+    shape = (n, weight.shape[1 if transposed else 0], height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    y = _same(x, weight, bias, transposed)
+    torch.ops.fastambient_native.convolution(x, weight, bias, transposed, y)
+    return y
+
+
+convolution = register(
+    "convolution_native(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor", _convolve, _same
+)
+
+
+@register_flop_formula(torch.ops.fastambient.convolution_native)  # type: ignore[untyped-decorator]
+def _convolution_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[2] * x[3] * math.prod(weight)
 
 
 def _empty(x: Tensor, dy: Tensor, kernel: int, bias: bool) -> tuple[Tensor, Tensor]:
