@@ -112,17 +112,20 @@ Pixels pixels_of(const ConvWeightJob& job, const Chunk& chunk, int64_t i, int64_
 
 // All taps of the chunk's pixels side by side, zeros outside the picture and up to a whole vector.
 void spread(const ConvWeightJob& job, const Chunk& chunk, float* to, int64_t wide) {
-  const int64_t pad = job.pad(), filled = job.taps() * job.in;
+  const int64_t pad = job.pad(), length = job.kernel * job.in, filled = job.kernel * length;
   for (int64_t n = chunk.sample; n < chunk.sample + chunk.samples; ++n) {
     for (int64_t h = chunk.top; h < chunk.bottom; ++h) {
       for (int64_t w = 0; w < job.width; ++w, to += wide) {
         float* at = to;
+        const int64_t left = std::max<int64_t>(0, pad - w), right = std::min(job.kernel, job.width + pad - w);
         for (int64_t i = h - pad; i <= h + pad; ++i) {
-          for (int64_t j = w - pad; j <= w + pad; ++j) {
-            const bool inside = i >= 0 && i < job.height && j >= 0 && j < job.width;
-            const float* from = job.x + ((n * job.height + i) * job.width + j) * job.in;
-            for (int64_t c = 0; c < job.in; ++c) *at++ = inside ? from[c] : 0.0f;
-          }
+          const bool inside = i >= 0 && i < job.height;
+          const float* from = job.x + ((n * job.height + i) * job.width + w - pad) * job.in;
+          const int64_t first = inside ? left * job.in : length, last = inside ? right * job.in : length;
+          for (int64_t k = 0; k < first; ++k) at[k] = 0.0f;
+          for (int64_t k = first; k < last; ++k) at[k] = from[k];
+          for (int64_t k = last; k < length; ++k) at[k] = 0.0f;
+          at += length;
         }
         for (int64_t c = filled; c < wide; ++c) *at++ = 0.0f;
       }

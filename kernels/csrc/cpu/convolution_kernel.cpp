@@ -5,7 +5,9 @@
 // falls outside the picture does so for all of them and is left out, which saves 31 % of a 4x4 picture's arithmetic and
 // 16 % of an 8x8 one's. Samples that are left over take neighbouring pixels of one sample, from rows with zeros around.
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+#include <utility>
 
 #include "convolution.h"
 
@@ -21,6 +23,7 @@ constexpr int kWidth = 8, kPixels = 4;
 constexpr int kWidth = 4, kPixels = 4;
 #endif
 constexpr int kVectors = 3;
+constexpr int64_t kFlat = 4096;         // floats of a pixel's in and out times pixels / kPixels of a 1x1 kernel at once
 constexpr int64_t kCopied = 96 * 1024;  // floats of a thread's copies of rows: they stay in the second cache
 
 typedef float Vector __attribute__((vector_size(kWidth * 4)));
@@ -31,11 +34,41 @@ inline Vector load_vector(const float* p) {
   return v;
 }
 
-// Channels of a pixel: too few for a call of memcpy.
-inline void copy_values(const float* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) std::memcpy(to + i, from + i, sizeof(Vector));
-  for (; i < count; ++i) to[i] = from[i];
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FA_SHUFFLES
+#endif
+#endif
+
+#ifdef FA_SHUFFLES
+// Lanes of two vectors that change places, `d` apart.
+template <int d, std::size_t... i>
+inline void exchange(Vector& a, Vector& b, std::index_sequence<i...>) {
+  const Vector low = __builtin_shufflevector(a, b, (i & d ? kWidth + i - d : i)...);
+  b = __builtin_shufflevector(a, b, (i & d ? kWidth + i : i + d)...);
+  a = low;
+}
+
+template <int d>
+inline void exchange_all(Vector* rows) {
+  for (int i = 0; i < kWidth; ++i)
+    if (!(i & d)) exchange<d>(rows[i], rows[i + d], std::make_index_sequence<kWidth>());
+}
+#endif
+
+// kWidth rows of as many values.
+inline void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+#ifdef FA_SHUFFLES
+  Vector rows[kWidth];
+  for (int i = 0; i < kWidth; ++i) rows[i] = load_vector(from + i * from_row);
+  exchange_all<1>(rows);
+  exchange_all<2>(rows);
+  if (kWidth > 4) exchange_all<kWidth / 2>(rows);
+  for (int i = 0; i < kWidth; ++i) std::memcpy(to + i * to_row, &rows[i], sizeof(Vector));
+#else
+  for (int i = 0; i < kWidth; ++i)
+    for (int j = 0; j < kWidth; ++j) to[j * to_row + i] = from[i * from_row + j];
+#endif
 }
 
 // Output channels of a tile: vectors are shared out evenly, 4 are 2 and 2.
@@ -118,10 +151,11 @@ void for_blocks(const ConvolutionJob& job, const F& f) {
   }
 }
 
-// Pixels side by side: rows of `width` of them, the corner of the first one's window at rows[0], rows[1] ...
+// Pixels side by side: `count` rows of `width` of them, the first of which is a picture's row `top`; the corner of a
+// row's first window is at rows[0], rows[1] ...
 template <int group>
-void neighbours(const ConvolutionJob& job, const float* const* rows, int64_t count, int64_t width, const Run* runs,
-                float* y) {
+void neighbours(const ConvolutionJob& job, const float* const* rows, int64_t top, int64_t count, int64_t width,
+                const Run* runs, float* y) {
   const int64_t pixels = count * width;
   for_blocks(job, [&](const Block& block, const float* panel, int64_t outs) {
     Tile tile{{}, {}, job.in, job.out, outs, runs, job.kernel};
@@ -131,16 +165,23 @@ void neighbours(const ConvolutionJob& job, const float* const* rows, int64_t cou
         tile.from[g] = rows[first / width] + first % width * job.in;
         tile.to[g] = y + first * job.out + block.first;
       }
+      if (group == kPixels && job.kernel > 1) {  // all in one row: taps above and below the picture are left out
+        const int64_t h = top + pixel / width, above = std::max<int64_t>(0, job.pad() - h);
+        tile.runs = runs + above, tile.count = std::min(job.kernel, job.height + job.pad() - h) - above;
+      }
       compute<group>(block, panel, tile);
     }
   });
 }
 
+// Floats of a copied row, of one sample with its border and of one among many: a power of two would put all samples'
+// rows into the same few sets of the cache.
 int64_t padded_row(const ConvolutionJob& job) { return (job.width + job.kernel - 1) * job.in; }
+int64_t wide_row(const ConvolutionJob& job) { return job.width * job.in / 16 * 16 + 32; }
 
-// Rows of the pictures that are copied at once, `pictures` of them side by side.
-int64_t band(const ConvolutionJob& job, int64_t row, int64_t pictures) {
-  return std::min(job.height, std::max<int64_t>(1, kCopied / (row * pictures) - job.kernel + 1));
+// Rows of pictures that are copied at once, where one takes so many floats.
+int64_t band(const ConvolutionJob& job, int64_t row) {
+  return std::min(job.height, std::max<int64_t>(1, kCopied / row - job.kernel + 1));
 }
 
 // Rows top .. bottom - 1 of one sample.
@@ -159,27 +200,28 @@ void one_sample(const ConvolutionJob& job, int64_t n, int64_t top, int64_t botto
   Run* runs = reinterpret_cast<Run*>(rows + job.height);
   for (int64_t i = 0; i < job.kernel; ++i) runs[i] = {i * job.kernel * job.in, i * row, job.kernel * job.in};
   for (int64_t h = top; h < bottom; ++h) rows[h - top] = copy + (h - top) * row;
-  const auto run = job.width % 4 == 0 ? neighbours<4> : neighbours<1>;
-  run(job, rows, bottom - top, job.width, runs, job.y + (n * job.height + top) * job.width * job.out);
+  const auto run = job.width % kPixels == 0 ? neighbours<kPixels> : job.width % 4 == 0 ? neighbours<4> : neighbours<1>;
+  run(job, rows, top, bottom - top, job.width, runs, job.y + (n * job.height + top) * job.width * job.out);
 }
 
-// Rows top .. bottom - 1 of kPixels samples: [row, column, sample, in].
+// Rows top .. bottom - 1 of kPixels samples: [row, sample, column, in].
 void many_samples(const ConvolutionJob& job, int64_t n, int64_t top, int64_t bottom, float* copy, Run* runs) {
-  const int64_t pad = job.pad(), pixel = kPixels * job.in, picture = job.height * job.width;
+  const int64_t pad = job.pad(), inner = job.width * job.in, picture = job.height * job.width, row = wide_row(job);
   const int64_t above = std::max<int64_t>(0, top - pad), below = std::min(job.height, bottom + pad);
-  const float* from = job.x + (n * picture + above * job.width) * job.in;
-  float* to = copy;
-  for (int64_t p = above * job.width; p < below * job.width; ++p, from += job.in)
-    for (int64_t s = 0; s < kPixels; ++s, to += job.in) copy_values(from + s * picture * job.in, to, job.in);
+  for (int64_t h = above; h < below; ++h)
+    for (int64_t s = 0; s < kPixels; ++s)
+      std::memcpy(copy + ((h - above) * kPixels + s) * row, job.x + ((n + s) * job.height + h) * inner,
+                  inner * sizeof(float));
   for_blocks(job, [&](const Block& block, const float* panel, int64_t outs) {
-    Tile tile{{}, {}, job.in, picture * job.out, outs, runs, 0};
+    Tile tile{{}, {}, row, picture * job.out, outs, runs, 0};
     for (int64_t h = top; h < bottom; ++h) {
       for (int64_t w = 0; w < job.width; ++w) {
+        const int64_t left = std::max<int64_t>(0, pad - w), right = std::min(job.kernel, job.width + pad - w);
         tile.count = 0;
         for (int64_t i = std::max<int64_t>(0, pad - h); i < std::min(job.kernel, job.height + pad - h); ++i)
-          for (int64_t j = std::max<int64_t>(0, pad - w); j < std::min(job.kernel, job.width + pad - w); ++j)
-            runs[tile.count++] = {(i * job.kernel + j) * job.in, ((i - pad) * job.width + j - pad) * pixel, job.in};
-        tile.from[0] = copy + ((h - above) * job.width + w) * pixel;
+          runs[tile.count++] = {(i * job.kernel + left) * job.in, (i - pad) * kPixels * row + (left - pad) * job.in,
+                                (right - left) * job.in};
+        tile.from[0] = copy + (h - above) * kPixels * row + w * job.in;
         tile.to[0] = job.y + (n * picture + h * job.width + w) * job.out + block.first;
         compute<kPixels>(block, panel, tile);
       }
@@ -194,9 +236,8 @@ int64_t conv_panel_floats(const ConvolutionJob& job) {
 }
 
 int64_t conv_scratch_floats(const ConvolutionJob& job) {
-  const int64_t wide = job.width * job.in * kPixels;
-  const int64_t copies = std::max((band(job, wide, 1) + job.kernel) * wide,
-                                  (band(job, padded_row(job), 1) + job.kernel) * padded_row(job));
+  const int64_t wide = wide_row(job) * kPixels, one = padded_row(job), extra = job.kernel - 1;
+  const int64_t copies = std::max((band(job, wide) + extra) * wide, (band(job, one) + extra) * one);
   return copies + (job.height * sizeof(float*) + job.taps() * sizeof(Run)) / sizeof(float) + 16;
 }
 
@@ -214,15 +255,16 @@ void conv_pack(const ConvolutionJob& job) {
           std::memcpy(to, job.weight + (c * taps + tap) * job.out + block.first, outs * sizeof(float));
       return;
     }
-    constexpr int64_t kLine = 16;  // of the weights, a cache line at a time
-    for (int64_t k = 0; k < length; k += kLine) {
-      const int64_t count = std::min(kLine, length - k);
-      for (int64_t o = 0; o < outs; ++o) {
+    for (int64_t o = 0; o < outs; o += kWidth) {
+      const int64_t rows = std::min<int64_t>(kWidth, outs - o);
+      for (int64_t k = 0; k < length; k += kWidth) {
         const float* from = job.weight + (block.first + o) * length + k;
-        if (count == kLine) {
-          for (int64_t i = 0; i < kLine; ++i) to[(k + i) * size + o] = from[i];
+        const int64_t columns = std::min<int64_t>(kWidth, length - k);
+        if (rows == kWidth && columns == kWidth) {
+          transpose(from, length, to + k * size + o, size);
         } else {
-          for (int64_t i = 0; i < count; ++i) to[(k + i) * size + o] = from[i];
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < columns; ++c) to[(k + c) * size + o + r] = from[r * length + c];
         }
       }
     }
@@ -231,29 +273,32 @@ void conv_pack(const ConvolutionJob& job) {
 
 void conv_rows(const ConvolutionJob& job, int64_t begin, int64_t end, float* scratch) {
   if (job.kernel == 1) {  // pixels alone count, and none is copied
-    const float* from = job.x + begin * job.width * job.in;
-    const int64_t pixels = (end - begin) * job.width;
     const Run run{0, 0, job.in};
-    const auto compute_all = pixels >= kPixels ? neighbours<kPixels> : neighbours<1>;
-    compute_all(job, &from, 1, pixels, &run, job.y + begin * job.width * job.out);
+    const int64_t step = std::max<int64_t>(1, kFlat / (job.in + job.out)) * kPixels;
+    for (int64_t pixel = begin * job.width; pixel < end * job.width; pixel += step) {
+      const int64_t pixels = std::min(step, end * job.width - pixel);
+      const float* from = job.x + pixel * job.in;
+      const auto all = pixels >= kPixels ? neighbours<kPixels> : neighbours<1>;
+      all(job, &from, 0, 1, pixels, &run, job.y + pixel * job.out);
+    }
     return;
   }
   // The first rows are those of kPixels samples each, kPixels of the rows that are counted; then single samples'.
   const int64_t many = job.samples / kPixels * job.height;
-  const int64_t wide = job.width * job.in * kPixels;
+  const int64_t wide = wide_row(job) * kPixels;
   Run* runs = reinterpret_cast<Run*>(scratch);
   float* copy = scratch + (job.height * sizeof(float*) + job.taps() * sizeof(Run)) / sizeof(float);
   const int64_t last = std::min(many, (end + kPixels - 1) / kPixels);
   for (int64_t row = (begin + kPixels - 1) / kPixels; row < last;) {
     const int64_t top = row % job.height;
-    const int64_t count = std::min({band(job, wide, 1), job.height - top, last - row});
+    const int64_t count = std::min({band(job, wide), job.height - top, last - row});
     many_samples(job, row / job.height * kPixels, top, top + count, copy, runs);
     row += count;
   }
   const float** rows = reinterpret_cast<const float**>(scratch);
   for (int64_t row = std::max(begin, many * kPixels); row < end;) {
     const int64_t top = row % job.height;
-    const int64_t count = std::min({band(job, padded_row(job), 1), job.height - top, end - row});
+    const int64_t count = std::min({band(job, padded_row(job)), job.height - top, end - row});
     one_sample(job, row / job.height, top, top + count, copy, rows);
     row += count;
   }

@@ -37,7 +37,7 @@ void convolution(const Tensor& x, const Tensor& weight, const std::optional<Tens
   job.panels = panels.take(FA_CALL(conv_panel_floats, job));
   FA_CALL(conv_pack, job);
   const int64_t scratch = FA_CALL(conv_scratch_floats, job);
-  torch::stable::parallel_for(0, job.samples * job.height, kWork / (job.width * job.in * job.out * job.taps()) + 1,
+  torch::stable::parallel_for(0, job.samples * job.height, kWork / (job.width * job.in * std::max<int64_t>(job.out, 8) * job.taps()) + 1,
                               [&](int64_t begin, int64_t end) {
                                 thread_local Scratch copies;
                                 FA_CALL(conv_rows, job, begin, end, copies.take(scratch));
