@@ -8,9 +8,9 @@ With pixels p, taps t and x zero outside the picture,
     dx[n, p, c] = sum_{t, o} weight[o, -t, c] * dy[n, p + t, o]
     d_weight[o, t, c] = sum_{n, p} dy[n, p, o] * x[n, p + t, c]          d_bias[o] = sum_{n, p} dy[n, p, o]
 
-The data gradient is a convolution of dy with the kernel turned around, so one native kernel gives y and dx. Its sums for
-8 pixels by up to 24 channels stay in registers while taps and input channels pass by: a broadcast a pixel, a load of
-packed weights a vector, and nothing else between the multiplications. The pixels are one and the same of 8 samples:
+The data gradient is a convolution of dy with the kernel turned around, so one native kernel gives y and dx. Its sums
+for 8 pixels by up to 24 channels stay in registers while taps and input channels pass by: a broadcast a pixel, a load
+of packed weights a vector, and nothing else between the multiplications. The pixels are one and the same of 8 samples:
 a tap outside the picture is then outside for all of them and is left out, 1 - ((3h - 2) / 3h)^2 of the arithmetic of
 an h x h picture (31 % at 4, 16 % at 8), and a thread takes whole samples, so threads meet once a call.
 

@@ -142,7 +142,8 @@ struct Plan {
 Plan plan_of(const ConvWeightJob& job) {
   const bool spread = job.in % kWidth;
   const int64_t ins = spread ? job.taps() * job.in : job.in, vectors = (ins + kWidth - 1) / kWidth;
-  return {spread, spread ? 1 : job.taps(), ins, vectors, (vectors + kVectors - 1) / kVectors, (job.out + kOut - 1) / kOut};
+  return {spread,  spread ? 1 : job.taps(),           ins,
+          vectors, (vectors + kVectors - 1) / kVectors, (job.out + kOut - 1) / kOut};
 }
 
 void bias_of(const ConvWeightJob& job, const Chunk& chunk, double* sums) {
@@ -188,7 +189,8 @@ void conv_weight_slot(const ConvWeightJob& job, int64_t slot, int64_t begin, int
     if (bias_sums) bias_of(job, chunk, bias_sums);
     if (plan.spread) spread(job, chunk, scratch, wide);
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t block = t % plan.blocks, tap = t / plan.blocks % plan.taps, out = t / plan.blocks / plan.taps * kOut;
+      const int64_t block = t % plan.blocks, tap = t / plan.blocks % plan.taps;
+      const int64_t out = t / plan.blocks / plan.taps * kOut;
       const int64_t vector = block * plan.vectors / plan.blocks;
       const int64_t vectors = (block + 1) * plan.vectors / plan.blocks - vector, in = vector * kWidth;
       Pixels p = pixels_of(job, chunk, plan.spread ? job.pad() : tap / job.kernel,

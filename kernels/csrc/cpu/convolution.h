@@ -1,4 +1,4 @@
-// What convolution_op.cpp hands to convolution_kernel.cpp and conv_weight_kernel.cpp; the mathematics is in convolution.py.
+// What convolution_op.cpp hands to convolution_kernel.cpp and conv_weight_kernel.cpp; mathematics: convolution.py.
 #pragma once
 
 #include <cstdint>
@@ -41,12 +41,14 @@ struct ConvWeightJob {
 
 }  // namespace fastambient
 
-// Floats of the packed weights, and of what a thread needs for the rows begin .. end - 1.
+// Floats of the packed weights, and of what each thread needs.
 FA_DECLARE(int64_t, conv_panel_floats, (const ConvolutionJob& job))
 FA_DECLARE(int64_t, conv_scratch_floats, (const ConvolutionJob& job))
 FA_DECLARE(void, conv_pack, (const ConvolutionJob& job))
+// Rows begin .. end - 1 of samples * height.
 FA_DECLARE(void, conv_rows, (const ConvolutionJob& job, int64_t begin, int64_t end, float* scratch))
 
+// Blocks of pixels, of which each slot gets one or more.
 FA_DECLARE(int64_t, conv_weight_chunks, (const ConvWeightJob& job))
 // Parts of a slot's work that can go to different threads; floats that a thread needs.
 FA_DECLARE(int64_t, conv_weight_tiles, (const ConvWeightJob& job))

@@ -23,7 +23,7 @@ constexpr int kWidth = 8, kPixels = 4;
 constexpr int kWidth = 4, kPixels = 4;
 #endif
 constexpr int kVectors = 3;
-constexpr int64_t kFlat = 4096;         // floats of a pixel's in and out times pixels / kPixels of a 1x1 kernel at once
+constexpr int64_t kFlat = 32 * 1024;    // floats of x and y that a 1x1 kernel works on at once
 constexpr int64_t kCopied = 96 * 1024;  // floats of a thread's copies of rows: they stay in the second cache
 
 typedef float Vector __attribute__((vector_size(kWidth * 4)));
@@ -274,7 +274,7 @@ void conv_pack(const ConvolutionJob& job) {
 void conv_rows(const ConvolutionJob& job, int64_t begin, int64_t end, float* scratch) {
   if (job.kernel == 1) {  // pixels alone count, and none is copied
     const Run run{0, 0, job.in};
-    const int64_t step = std::max<int64_t>(1, kFlat / (job.in + job.out)) * kPixels;
+    const int64_t step = std::max<int64_t>(1, kFlat / ((job.in + job.out) * kPixels)) * kPixels;
     for (int64_t pixel = begin * job.width; pixel < end * job.width; pixel += step) {
       const int64_t pixels = std::min(step, end * job.width - pixel);
       const float* from = job.x + pixel * job.in;

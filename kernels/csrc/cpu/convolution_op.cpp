@@ -1,7 +1,5 @@
 // convolution and conv_weight on the CPU: checks, threads, registration. Python allocates every output.
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <optional>
 
 #include <torch/csrc/stable/library.h>
@@ -16,9 +14,9 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 32768;      // added elements that are worth a thread
-constexpr int64_t kSlots = 8, kSums = 1 << 20;  // a slot's sums must not cost more than its products
-constexpr int64_t kWork = 1000 * 1000;  // multiplications that are worth a thread
+constexpr int64_t kGrain = 32768;               // added elements that are worth a thread
+constexpr int64_t kWork = 1000 * 1000;          // multiplications that are
+constexpr int64_t kSlots = 8, kSums = 1 << 20;  // most slots, and floats of all their sums
 
 void convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed,
                  const Tensor& y) {
@@ -37,11 +35,11 @@ void convolution(const Tensor& x, const Tensor& weight, const std::optional<Tens
   job.panels = panels.take(FA_CALL(conv_panel_floats, job));
   FA_CALL(conv_pack, job);
   const int64_t scratch = FA_CALL(conv_scratch_floats, job);
-  torch::stable::parallel_for(0, job.samples * job.height, kWork / (job.width * job.in * std::max<int64_t>(job.out, 8) * job.taps()) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                thread_local Scratch copies;
-                                FA_CALL(conv_rows, job, begin, end, copies.take(scratch));
-                              });
+  const int64_t work = job.width * job.in * std::max<int64_t>(job.out, 8) * job.taps();  // a row's, in whole vectors
+  torch::stable::parallel_for(0, job.samples * job.height, kWork / work + 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch copies;
+    FA_CALL(conv_rows, job, begin, end, copies.take(scratch));
+  });
 }
 
 void conv_weight(const Tensor& x, const Tensor& dy, const Tensor& d_weight, const std::optional<Tensor>& d_bias) {
@@ -67,7 +65,8 @@ void conv_weight(const Tensor& x, const Tensor& dy, const Tensor& d_weight, cons
   job.sums = reinterpret_cast<float*>(job.bias_sums) + bias_floats;
   if (!bias) job.bias_sums = nullptr;
   const int64_t work = job.samples * job.height * job.width * job.weights() / (job.slots * tiles);  // of a tile
-  torch::stable::parallel_for(0, job.slots * tiles, kWork / std::max<int64_t>(1, work) + 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = kWork / std::max<int64_t>(1, work) + 1;
+  torch::stable::parallel_for(0, job.slots * tiles, grain, [&](int64_t begin, int64_t end) {
     thread_local Scratch taps;
     for (int64_t slot = begin / tiles; slot * tiles < end; ++slot)
       FA_CALL(conv_weight_slot, job, slot, std::max(begin - slot * tiles, int64_t{0}),
