@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import protocol
 import torch
@@ -24,8 +25,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastambient_kernels.flops  # noqa: F401  # so that our operators are counted
-from fastambient.models.layers import GroupNorm
+from fastambient.models import layers
 from fastambient_kernels import conv2d
+from fastambient_kernels.convolution import reference
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,14 @@ def measure(
         nonlocal norm_elements
         norm_elements += arguments[0].numel()
 
-    hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, GroupNorm)]
+    hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, layers.GroupNorm)]
     recorder = _Recorder()
     c_noise = torch.zeros(len(x), device=device)
     # In the precision of the step: what fits there must fit here.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    with recorder, torch.enable_grad(), autocast:
+    # The recorder sees torch's functions, and a native convolution is none.
+    plain = mock.patch.object(layers, "conv2d", reference)
+    with plain, recorder, torch.enable_grad(), autocast:
         network(x, c_noise)
     for hook in hooks:
         hook.remove()

@@ -220,6 +220,8 @@ def test_the_profile_of_a_step(tmp_path):
         ("cutlass_tensorop_bf16_s16816dgrad_optimized_bf16", True),
         ("aten::_conv_depthwise2d", True),
         ("ConvolutionBackward0", True),
+        ("fastambient_native::convolution", True),
+        ("fastambient_native::conv_weight", True),
         ("aten::convert_element_type", False),
         ("nvjet_tst_128x64_64x7_1x2_h_bz_coopA_NNT", False),
     ],

@@ -49,7 +49,7 @@ def load(kind: str) -> str | None:
 
 # At import, so that asking costs nothing and torch.compile can look through it.
 _REASON = load("cpu")
-_FUNCTIONS = {"conv2d": "conv_weight"}  # of torch.ops.fastambient_native, where not named as the operator is
+_FUNCTIONS = {"conv2d": "convolution"}  # of torch.ops.fastambient_native, where not named as the operator is
 _NAMES = ("ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema", "dropout", "random_words", "conv2d",
           "residual", "resample")  # fmt: skip
 OPERATORS = frozenset(

@@ -1,18 +1,26 @@
-"""Convolution with stride 1 and "same" zero padding whose weight gradient is our own on a CPU.
+"""Convolution with stride 1 and "same" zero padding, on a CPU by our own register tiles.
 
 Mathematics
 -----------
 With pixels p, taps t and x zero outside the picture,
 
     y[n, p, o] = bias[o] + sum_{t, c} weight[o, t, c] * x[n, p + t, c]
+    dx[n, p, c] = sum_{t, o} weight[o, -t, c] * dy[n, p + t, o]
     d_weight[o, t, c] = sum_{n, p} dy[n, p, o] * x[n, p + t, c]          d_bias[o] = sum_{n, p} dy[n, p, o]
 
-The weight gradient is a product of two matrices that have a row a pixel: long where the others are short. Libraries'
+The data gradient is a convolution of dy with the kernel turned around, so one native kernel gives y and dx. Its sums
+for 8 pixels by up to 24 channels stay in registers while taps and input channels pass by: a broadcast a pixel, a load
+of packed weights a vector, and nothing else between the multiplications. The pixels are one and the same of 8 samples:
+a tap outside the picture is then outside for all of them and is left out, 1 - ((3h - 2) / 3h)^2 of the arithmetic of
+an h x h picture (31 % at 4, 16 % at 8), and a thread takes whole samples, so threads meet once a call.
+
+The weight gradient is a product of two matrices that have a row a pixel, long where the others are short. Libraries'
 kernels for it run at half the rate of the forward pass and less on channels-last pictures, which is what all other
-operators are fast on. The native form keeps tiles of d_weight in registers while blocks of pixels pass by, all taps of
-a tile from the same cached block (the blocking of Goto & van de Geijn, "Anatomy of High-Performance Matrix
-Multiplication", 2008). Its sums run in a fixed order: a gradient does not depend on the number of threads. Forward pass
-and data gradient are torch's. On a GPU all three are cuDNN's, so there is no Triton form.
+operators are fast on. Tiles of d_weight stay in registers while blocks of pixels pass by (the blocking of Goto & van de
+Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008), read from where they lie, without the pixels whose
+tap is outside. All sums run in a fixed order: no result depends on the number of threads.
+
+On a GPU all three are cuDNN's, so there is no Triton form.
 """
 
 from __future__ import annotations
@@ -23,7 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastambient_kernels._registration import choose, register
+from fastambient_kernels._registration import choose, differentiable_once, register
+
+_LAST = torch.channels_last
+_MOST_WEIGHTS = 2**18  # float32: they stay in a core's second cache beside the pictures
+_MOST_PIXELS = 64  # a tap of the kernel
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,44 +43,81 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def _empty(x: Tensor, dy: Tensor, kernel: int, bias: bool) -> tuple[Tensor, Tensor]:
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether "auto" takes the native forward pass and data gradient: small pictures, and few enough weights.
+
+    There the library's kernels spend their time on the border and on being called. On large ones both reach the same
+    share of the processor's peak, and a 1x1 kernel of a large picture is bound by memory.
+    """
+    return weight.numel() <= _MOST_WEIGHTS and x.shape[2] * x.shape[3] <= _MOST_PIXELS * weight.shape[2] ** 2
+
+
+def _empty_picture(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    n, _, height, width = x.shape
+    shape = (n, weight.shape[1 if transposed else 0], height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAST)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    y = _empty_picture(x, weight, bias, transposed)
+    torch.ops.fastambient_native.convolution(x, weight, bias, transposed, y)
+    return y
+
+
+convolution = register(
+    "convolution_native(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor", _run, _empty_picture
+)
+
+
+def _empty_weight(x: Tensor, dy: Tensor, kernel: int, bias: bool) -> tuple[Tensor, Tensor]:
     shape = (dy.shape[1], x.shape[1], kernel, kernel)
-    d_weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    d_weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAST)
     return d_weight, x.new_empty(dy.shape[1] if bias else 0)
 
 
-def _run(x: Tensor, dy: Tensor, kernel: int, bias: bool) -> tuple[Tensor, Tensor]:
-    d_weight, d_bias = _empty(x, dy, kernel, bias)
+def _run_weight(x: Tensor, dy: Tensor, kernel: int, bias: bool) -> tuple[Tensor, Tensor]:
+    d_weight, d_bias = _empty_weight(x, dy, kernel, bias)
     torch.ops.fastambient_native.conv_weight(x, dy, d_weight, d_bias if bias else None)
     return d_weight, d_bias
 
 
 conv_weight = register(
-    "conv_weight_native(Tensor x, Tensor dy, int kernel, bool bias) -> (Tensor, Tensor)", _run, _empty
+    "conv_weight_native(Tensor x, Tensor dy, int kernel, bool bias) -> (Tensor, Tensor)", _run_weight, _empty_weight
 )
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, ours: bool) -> Tensor:
+    if not ours:
+        return reference(x, weight, bias)
+    return convolution(x.contiguous(memory_format=_LAST), weight.contiguous(memory_format=_LAST), bias, False)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, ours: bool) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        return reference(x, weight, bias)
+        ctx.ours = ours
+        return _forward(x, weight, bias, ours)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dy: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         dx = d_weight = d_bias = None
-        dy = dy.contiguous(memory_format=torch.channels_last)  # it may be expanded, or in another format
+        dy = dy.contiguous(memory_format=_LAST)  # it may be expanded, or in another format
         kernel = weight.shape[-1]
         if ctx.needs_input_grad[0]:
-            one, pad = (1, 1), (kernel // 2, kernel // 2)
-            only_x = (True, False, False)
-            dx = torch.ops.aten.convolution_backward(dy, x, weight, None, one, pad, one, False, (0, 0), 1, only_x)[0]
+            if ctx.ours:
+                dx = convolution(dy, weight.contiguous(memory_format=_LAST), None, True)
+            else:
+                one, pad = (1, 1), (kernel // 2, kernel // 2)
+                only_x = (True, False, False)
+                dx = torch.ops.aten.convolution_backward(dy, x, weight, None, one, pad, one, False, (0, 0), 1, only_x)[
+                    0
+                ]
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            x = x.contiguous(memory_format=torch.channels_last)
-            d_weight, d_bias = conv_weight(x, dy, kernel, ctx.needs_input_grad[2])
-        return dx, d_weight, d_bias if ctx.needs_input_grad[2] else None
+            d_weight, d_bias = conv_weight(x.contiguous(memory_format=_LAST), dy, kernel, ctx.needs_input_grad[2])
+        return dx, d_weight, d_bias if ctx.needs_input_grad[2] else None, None
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
@@ -79,12 +128,13 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     x : float [N, C, H, W]; fast where it is channels-last
     weight : float [O, C, k, k], k odd
     bias : float [O], or None
-    impl : "auto", "reference" or "native". Under "auto", native computes 3x3 kernels in float32 on a CPU, outside of
-        autocast; a 1x1 kernel is one product of matrices, which torch does as fast
+    impl : "auto", "reference" or "native". Under "auto", in float32 on a CPU, outside of autocast, native computes all
+        of what `is_small` holds for; else the weight gradient alone, and of a 1x1 kernel, which is one product of
+        matrices, nothing
 
     Returns
     -------
-    float [N, O, H, W] in the memory format that torch gives it
+    float [N, O, H, W], channels-last where native computes it, else in the memory format that torch gives it
 
     Raises
     ------
@@ -94,13 +144,19 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     kernel = weight.shape[-1]
     if weight.dim() != 4 or weight.shape[2] != kernel or kernel % 2 == 0:
         raise ValueError(f"weight must be [O, C, k, k] with k odd, got {list(weight.shape)}")
+    ours = True
     if impl == "auto":
         # Autocast may give torch's convolution another dtype than the one that is seen here.
-        wide = kernel == 1 or x.dtype != torch.float32 or weight.dtype != x.dtype or x.device.type != "cpu"
+        wide = x.dtype != torch.float32 or weight.dtype != x.dtype or x.device.type != "cpu" or x.dim() != 4
         if wide or os.environ.get("FASTAMBIENT_IMPL") == "triton" or torch.is_autocast_enabled("cpu"):
+            return reference(x, weight, bias)
+        ours = is_small(x, weight)
+        if kernel == 1 and not ours:
             return reference(x, weight, bias)
     elif impl == "native" and x.dtype != torch.float32:
         raise RuntimeError(f"conv2d: impl='native' is not available: it computes in float32, not {x.dtype}")
-    if choose("conv2d", impl, x.device, x.dtype) == "reference" or x.numel() == 0 or not torch.is_grad_enabled():
+    if choose("conv2d", impl, x.device, x.dtype) == "reference" or x.numel() == 0:
         return reference(x, weight, bias)
-    return _Convolution.apply(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias, ours)
+    return _Convolution.apply(x, weight, bias, ours)
