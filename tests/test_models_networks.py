@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fastambient.errors import InputError
 from fastambient.models import build
-from fastambient.models.blocks import BlockStyle, UNetBlock, scaled_dot_product
+from fastambient.models.blocks import BlockStyle, UNetBlock, scaled_dot_product, with_bf16_weights
 from fastambient.models.layers import Conv2d, GroupNorm, Init, PositionalEmbedding
 
 DDPMPP = {
@@ -112,6 +112,27 @@ def test_resampling_equals_its_definition(kernel, resample_filter):
         f5 = f[:1].expand(5, -1, -1, -1)
         down = F.conv2d(wide, f5, groups=5)[:, :, ::2, ::2] + layer.bias[:, None, None]
         torch.testing.assert_close(layer(x), down)
+
+
+@pytest.mark.parametrize("config", [DDPMPP, NCSNPP, ADM])
+def test_bf16_weights_are_what_autocast_makes_of_them(config):
+    """To the bit, also with classes; all other tensors are shared, and the network keeps its own."""
+    torch.manual_seed(0)
+    network = build(config | {"label_dim": 3}).eval().requires_grad_(False)
+    for p in network.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    made = with_bf16_weights(network)
+    size = config["img_resolution"]
+    x, c_noise, labels = torch.randn(2, 3, size, size), torch.randn(2), torch.eye(3)[:2]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (f(x, c_noise, labels) for f in (network, made))
+        assert torch.equal(expected, found)
+    kinds = {name: p.dtype for name, p in made.named_parameters()}
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    big = {name for name, p in network.named_parameters() if p.dim() > 1 and not name.startswith("map_")}
+    assert big == {name for name, dtype in kinds.items() if dtype is torch.bfloat16}
+    theirs = dict(network.named_parameters())
+    assert all(p is theirs[name] for name, p in made.named_parameters() if name not in big)
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 65])

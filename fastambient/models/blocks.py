@@ -6,6 +6,7 @@ is one fused call over [N, H*W, C] tokens, a residual branch ends in one pass wi
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,20 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):  # which would cast back
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+def with_bf16_weights(module: nn.Module) -> nn.Module:
+    """A copy for use under bfloat16 autocast without gradients, which leaves autocast nothing to cast at each call.
+
+    Weights of convolutions and of the blocks' embedding layers are bfloat16, which is what autocast makes of them, so
+    that the numbers are the same to the bit; all other tensors are shared.
+    """
+    memo: dict[int, object] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    for layer in module.modules():
+        cast = layer.affine if isinstance(layer, UNetBlock) else layer
+        if isinstance(layer, UNetBlock) or (isinstance(layer, Conv2d) and layer.kernel):
+            memo[id(cast.weight)] = nn.Parameter(cast.weight.bfloat16(), requires_grad=False)  # type: ignore[arg-type, operator]
+    return copy.deepcopy(module, memo)
 
 
 def recompute_levels(network: nn.Module, levels: int) -> None:

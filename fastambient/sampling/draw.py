@@ -18,6 +18,7 @@ from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.diffusion.guidance import ClassDenoiser, GuidedDenoiser
 from fastambient.diffusion.samplers import dpmpp_2m, heun
 from fastambient.errors import InputError
+from fastambient.models.blocks import with_bf16_weights
 from fastambient.pictures import to_uint8
 from fastambient.sampling.graph import GraphedDenoiser
 from fastambient.sampling.plan import chosen_settings, guidance_weight
@@ -102,6 +103,9 @@ def sample(
 
     def ready(model: EDMDenoiser) -> ClassDenoiser:
         """The model in its precision, and from a graph: of one batch, and of the two halves of a guided one."""
+
+        if precision == "bf16":
+            model = with_bf16_weights(model)  # type: ignore[assignment]
 
         def D(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
             with torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16"):
