@@ -38,6 +38,7 @@ from fastambient.training.data import TrainingSet, store_set, stream_set
 from fastambient.training.distributed import World
 from fastambient.training.estimate import estimate_run, work_of
 from fastambient.training.monitor import Monitor, SigmaLoss, gpu_fields, peak_memory
+from fastambient.training.notes import notes
 from fastambient.training.optimizer import (
     build_optimizer,
     ema_weights,
@@ -384,7 +385,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
         say(trainer.loader_line)
         if trainer.auditor is not None:
             say(trainer.auditor.message())
-        for note in filter(None, (warning, *_notes(s, trainer.data))):
+        for note in filter(None, (warning, *notes(s, trainer.data))):
             warn(note)
         if resume:
             at = f"from {trainer.nimg / 1000:g} kimg" if resumed else "from the start: no checkpoint was written yet"
@@ -408,25 +409,3 @@ def train(path: Path, world: World, *, resume: bool) -> None:
         trainer.loader.close()
         if world.first and (skipped := read_journal(trainer.run.skipped)):
             warn(f"{len(skipped):,} image(s) could not be read and were skipped: {trainer.run.skipped}")
-
-
-def _notes(s: Settings, data: TrainingSet) -> list[str]:
-    """What a user should hear once before a run that is not what it seems."""
-    notes = []
-    t = s.training
-    pairs = data.mirrored_pairs
-    if pairs and s.noise.sigma_tn and (s.data.xflip or t.augment > 0):
-        notes.append(
-            f"{pairs:,} pairs of training images mirror each other, each with a noise of its own: under x-flips two"
-            " noised observations of one picture; leave one of each pair out, or switch x-flips and augmentation off"
-        )
-    if t.precision == "bf16" and t.device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        notes.append("precision bf16: this CPU has no bfloat16 units, so float32 is many times faster here")
-    if s.noise.mode == "fresh" and s.noise.sigma_tn:
-        notes.append("noise.mode fresh: new noise at every draw undoes the method, its minimiser is plain EDM's")
-    if s.training.augment > 0 and s.noise.sigma_tn:
-        if s.training.augment_ambient == "reference":
-            notes.append("augment_ambient reference: the same noise under augmented images leaks the clean image")
-        else:
-            notes.append("geometric augmentation acts on clean-regime draws only; ambient draws are mirrored at most")
-    return notes

@@ -1,0 +1,30 @@
+"""What a user should hear once before a run that is not what it seems."""
+
+from __future__ import annotations
+
+import torch
+
+from fastambient.training.config import Settings
+from fastambient.training.data import TrainingSet
+
+
+def notes(s: Settings, data: TrainingSet) -> list[str]:
+    """Sentences for `warn`; none for an ordinary run."""
+    found = []
+    t = s.training
+    pairs = data.mirrored_pairs
+    if pairs and s.noise.sigma_tn and (s.data.xflip or t.augment > 0):
+        found.append(
+            f"{pairs:,} pairs of training images mirror each other, each with a noise of its own: under x-flips two"
+            " noised observations of one picture; leave one of each pair out, or switch x-flips and augmentation off"
+        )
+    if t.precision == "bf16" and t.device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        found.append("precision bf16: this CPU has no bfloat16 units, so float32 is many times faster here")
+    if s.noise.mode == "fresh" and s.noise.sigma_tn:
+        found.append("noise.mode fresh: new noise at every draw undoes the method, its minimiser is plain EDM's")
+    if s.training.augment > 0 and s.noise.sigma_tn:
+        if s.training.augment_ambient == "reference":
+            found.append("augment_ambient reference: the same noise under augmented images leaks the clean image")
+        else:
+            found.append("geometric augmentation acts on clean-regime draws only; ambient draws are mirrored at most")
+    return found
