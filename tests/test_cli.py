@@ -59,6 +59,14 @@ def test_help_names_every_option_with_units_and_defaults(command, words, capsys)
     assert not [w for w in words if w not in text]
 
 
+@pytest.mark.parametrize("arguments", [[], ["figure"]])
+def test_without_a_command_there_is_help(arguments, capsys):
+    """As it is laid out, not squeezed into one line of error."""
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 2 and not err
+    assert "Usage: " in out and out.count("\n") > 8
+
+
 def test_info_json(capsys):
     code, out, err = run("info", "--json", capsys=capsys)
     found = json.loads(out)

@@ -54,7 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
         _complain(f"{error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}")
         code = 1
     except Exception as error:
-        if hasattr(error, "format_message"):
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())  # type: ignore[attr-defined]  # the help, which is no one line
+            code = 2
+        elif hasattr(error, "format_message"):
             _complain(error.format_message())  # the parser's own: unknown option, missing argument, bad number
             code = 2
         elif "FASTAMBIENT_TRACEBACK" in os.environ:
