@@ -78,7 +78,7 @@ def parts_of(scale: str, device: str, out: Path) -> list[Part]:
         # One compiled competitor is enough for a rehearsal: on 2 cores it takes as long as all the rest.
         return [
             tests, kernels,
-            step("digits", 4, 120, competitors="reference,strong"),
+            step("digits", 4, 240, competitors="reference,strong"),
             step("small16", 4, 60, competitors="reference"),
             step("small32", 4, 60, competitors="reference"),
             sampling("digits", "1,2", 3, 60, competitors="reference"),
