@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,73 +13,110 @@ from test_sweep import here, row  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import reproduce
+import reproduce_page
 
 from fastambient.sweep import cells
 from fastambient.sweep_results import summarize
 
 SETTINGS = {
     "data": "digits", "resolution": 8, "train": 100, "holdout": 1697, "kimg": 64.0, "num": 1000, "seeds": [0, 1, 2],
-    "weight_decay": 0.05, "stop_rate": 0.05, "assignments": ["data.train=100"],
+    "weight_decay": 0.05, "stop_rate": 0.05, "assignments": ["data.train=100"], "sigma_tn": [0.0, 0.2],
+    "baselines": ["early-stop"],
 }  # fmt: skip
 
 
-def swept(folder: Path, *rows: tuple[str, float, float, float]) -> dict:
-    """A sweep's files, three seeds that differ a little; rows of (kind, sigma_tn, controlled rate, FD)."""
+DAY = {"device": "a machine", "date": "2026-11-24"}
+
+
+def swept(*rows: tuple[str, float, float, float], seeds: tuple[int, ...] = (0, 1, 2)) -> dict:
+    """What a sweep returns, with seeds that differ a little; rows of (kind, sigma_tn, controlled rate, FD)."""
     shift = (-0.01, 0.0, 0.01)
-    found = [row(k, s, seed, rate + shift[seed], fd + shift[seed]) for seed in range(3) for k, s, rate, fd in rows]
-    summary = summarize(found, target=0.05, within=0.1) | {"settings": SETTINGS}
-    folder.mkdir(parents=True)
-    (folder / "sweep.json").write_text(json.dumps(summary))
-    (folder / "machine.json").write_text(json.dumps({"machine": "a machine", "date": "2026-11-24"}))
-    return summary
+    found = [row(k, s, seed, rate + shift[seed], fd + shift[seed]) for seed in seeds for k, s, rate, fd in rows]
+    return summarize(found, target=0.05, within=0.1) | {"settings": SETTINGS | {"seeds": list(seeds)}}
 
 
-def test_what_is_clear_of_the_noise(tmp_path):
-    summary = swept(tmp_path / "a", ("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.1, 1.9),
+def test_what_is_clear_of_the_noise():
+    summary = swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.1, 1.9),
                     ("weight-decay", 0, 0.1, 1.3), ("fresh-noise", 0.2, 0.05, 1.9))  # fmt: skip
-    found = {r["against"]: (r["found"], r["clear"]) for r in reproduce.differences(summary)}
+    found = {r["against"]: (r["found"], r["clear"]) for r in reproduce_page.differences(summary)}
     assert found == {
         "edm": ("better", True), "early-stop": ("better", True), "weight-decay": ("worse", False),
         "fresh-noise": ("a trade", False),
     }  # fmt: skip
     summary["cells"] = [c for c in summary["cells"] if c["seed"] == 0]
-    assert not any(r["clear"] for r in reproduce.differences(summary)), "one seed shows nothing"
-    assert {r["found"] for r in reproduce.differences(summary)} == {"one seed: no claim"}
+    assert not any(r["clear"] for r in reproduce_page.differences(summary)), "one seed shows nothing"
+    assert {r["found"] for r in reproduce_page.differences(summary)} == {"one seed: no claim"}
 
 
 def test_each_run_where_it_is_best(tmp_path):
     """Distances alone decide there, and early-stop, which is EDM again, is left out."""
-    summary = swept(tmp_path / "a", ("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.1, 1.9))
-    assert reproduce.differences(summary, at_best=True) == []
+    summary = swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.1, 1.9))
+    assert reproduce_page.differences(summary, at_best=True) == []
     for cell in summary["cells"]:
         fd = {"edm": 1.4, "ambient": 1.3 + 0.01 * cell["seed"], "early-stop": 1.0}[cell["kind"]]
-        cell["best"] = {"kimg": 10.0, "samples": 512, "excess": 0.02 * cell["sigma_tn"] * 5, "fd": fd}
-    (found,) = reproduce.differences(summary, at_best=True)
+        best = {"kimg": 10.0, "samples": 512, "excess": 0.02 * cell["sigma_tn"] * 5, "fd": fd}
+        cell |= {"best": best, "audits": [best | {"kimg": 5.0, "fd": 9.0}, best]}
+    (found,) = reproduce_page.differences(summary, at_best=True)
     assert (found["against"], found["found"], found["seeds"]) == ("edm", "better", 3)
     assert found["fd"]["mean"] == pytest.approx(-0.09) and found["excess"]["mean"] == pytest.approx(0.02)
-    (tmp_path / "a" / "sweep.json").write_text(json.dumps(summary))
-    assert "so that EDM is EDM stopped early" in reproduce.document(tmp_path)
+    reproduce_page.merge(tmp_path / "sweep-a.json", summary, **DAY)
+    assert "so that EDM is EDM stopped early" in reproduce_page.document(tmp_path)
 
 
 def test_the_document_holds_what_was_measured_and_nothing_else(tmp_path):
-    assert "Nothing is measured yet" in reproduce.document(tmp_path)
-    swept(tmp_path / "digits-100", ("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.1, 1.9))
-    swept(tmp_path / "pictures-16", ("edm", 0, 0.6, 1.5), ("ambient", 0.375, 0.6, 1.5), ("early-stop", 0, 0.6, 1.5))
-    swept(tmp_path / "digits-100-many", ("edm", 0, 0.6, 1.5))
-    (tmp_path / "digits-300").mkdir()  # not finished
-    text = reproduce.document(tmp_path)
+    page = tmp_path / "results.md"
+    assert "Nothing is measured yet" in reproduce_page.document(tmp_path, page)
+    many = ("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.1, 1.9)
+    reproduce_page.merge(tmp_path / "sweep-digits-100.json", swept(*many), **DAY)
+    copying = ("edm", 0, 0.6, 1.5), ("ambient", 0.375, 0.6, 1.5), ("early-stop", 0, 0.6, 1.5)
+    reproduce_page.merge(tmp_path / "sweep-pictures-16.json", swept(*copying), **DAY)
+    reproduce_page.write_page(tmp_path, page)
+    text = page.read_text()
     first, second = text.split("## ")[1:]
     assert first.startswith("digits-100\n") and second.startswith("pictures-16\n") and "digits-300" not in text
     assert "clear of the noise between seeds, at sigma_tn 0.2." in first
     assert "At no sigma_tn is the gain over EDM and over early stopping clear" in second
-    begin, end = reproduce.READING
+    assert (tmp_path / "pareto-digits-100.svg").is_file() and "(pareto-pictures-16.svg)" in second
+    begin, end = reproduce_page.READING
     assert f"{begin}\n{end}\n" in text
-    read = text.replace(end, f"What they show.\n\nMore.\n{end}").replace("a machine", "another")
-    again = reproduce.document(tmp_path, read)
+    page.write_text(text.replace(end, f"What they show.\n\nMore.\n{end}").replace("a machine", "another"))
+    again = reproduce_page.document(tmp_path, page)
     assert again == text.replace(end, f"What they show.\n\nMore.\n{end}"), "people's reading is kept, no number is"
-    assert reproduce.document(tmp_path, again) == again
     assert "a machine, measured 2026-11-24" in first and "64 kimg a run" in first and "seeds [0, 1, 2]" in first
     assert "| 0.2 | EDM | 3 | -50.0 (-50.0 to -50.0) | +0 (+0 to +0) | better |" in first.replace("-0 ", "+0 ")
+    assert "denoised" not in text
+    (tmp_path / "denoised-digits-100.png").write_bytes(b"a picture")
+    assert "(denoised-digits-100.png)" in reproduce_page.document(tmp_path, page).split("## pictures-16")[0]
+
+
+def test_seeds_that_were_measured_apart_are_one_sweep(tmp_path, capsys):
+    """On other days or machines: the same page as from one sweep, but for the days."""
+    cells = ("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5)
+    for name in ("one", "apart"):
+        (tmp_path / name).mkdir()
+    reproduce_page.merge(tmp_path / "one" / "sweep-a.json", swept(*cells), **DAY)
+    apart = tmp_path / "apart" / "sweep-a.json"
+    reproduce_page.merge(apart, swept(*cells, seeds=(2,)), device="a machine", date="2026-11-26")
+    assert "One seed: nothing is claimed." in reproduce_page.document(apart.parent)
+    reproduce_page.merge(apart, swept(("edm", 0, 0.9, 9.0), cells[1], seeds=(0, 1)), **DAY)
+    reproduce_page.merge(apart, swept(*cells, seeds=(0, 1)), **DAY)  # again: replaced
+    found = json.loads(apart.read_text())
+    assert found["settings"]["seeds"] == [0, 1, 2] and len(found["rows"]) == 6
+    assert {r["seed"]: r["date"] for r in found["rows"]}[2] == "2026-11-26"
+    one, two = (reproduce_page.document(tmp_path / name) for name in ("one", "apart"))
+    assert two == one.replace("measured 2026-11-24", "measured 2026-11-24 and 2026-11-26")
+    assert not capsys.readouterr().err
+    other = swept(*cells, seeds=(0,))
+    other["settings"]["kimg"] = 32.0
+    reproduce_page.merge(apart, other, **DAY)
+    assert len(json.loads(apart.read_text())["rows"]) == 2
+    assert "other settings (kimg 64.0, now 32.0)" in capsys.readouterr().err
+
+
+def test_the_page_in_the_repository_is_that_of_its_rows():
+    root = Path(reproduce.__file__).parent.parent
+    page = root / "docs" / "results.md"
+    assert reproduce_page.document(root / "benchmarks" / "results", page) == page.read_text(), "run make tables"
 
 
 def arguments(*argv: str):
@@ -101,7 +139,10 @@ def arguments(*argv: str):
 def test_the_sweeps_of_each_part():
     found = reproduce.requests(arguments("--part", "digits", "--gpus", "0"))
     assert list(found) == ["digits-100", "digits-300", "digits-30"]
-    assert [r.audit_every for r in found.values()] == [None, None, 2.0]
+    assert [r.audit_every for r in found.values()] == [None, 16.0, 2.0]
+    assert {r.noise_seed for r in found.values()} == {1000} and found["digits-30"].seeds == (0, 1, 2)
+    (apart,) = reproduce.requests(arguments("--part", "digits-30", "--seeds", "2", "--gpus", "0")).values()
+    assert apart.seeds == (2,) and apart.noise_seed >= 1000 + 27, "no fixed noise of another seed"
     assert {len(cells(r)) for r in found.values()} == {27} and found["digits-300"].kimg == 192
     found = reproduce.requests(arguments("--part", "pictures,figures", "--source", "x.zip", "--gpus", "0"))
     assert list(found) == ["pictures-16", "pictures-16-many", "pictures-32", "pictures-32-many"]
@@ -138,15 +179,23 @@ def test_where_results_go_is_there_before_the_first_run(tmp_path, monkeypatch):
 def test_a_rehearsal(tmp_path, here, monkeypatch, capsys):  # noqa: F811
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (60, 16, 16, 3), dtype=np.uint8))
     drawn = []
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **k: drawn.append(command) or type("D", (), {"returncode": 0}))  # fmt: skip
-    command = ["--tiny", "--out", str(tmp_path / "out"), "--source", str(tmp_path / "x.npy"), "--seeds", "1",
+
+    def draw(command, **_):
+        drawn.append(command)
+        Path(command[-1]).write_bytes(b"a picture")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", draw)
+    command = ["--tiny", "--out", str(tmp_path / "out"), "--source", str(tmp_path / "x.npy"), "--seeds", "0",
                "--table", str(tmp_path / "results.md"), "--rows", str(tmp_path), "--gpus", "0"]  # fmt: skip
     reproduce.main(command)
-    assert {"device", "date", "rows"} <= set(json.loads((tmp_path / "sweep-digits-100.json").read_text()))
+    rows = json.loads((tmp_path / "sweep-digits-100.json").read_text())["rows"]
+    assert all("torch" in r["device"] and len(r["date"]) == 10 for r in rows)
     text = (tmp_path / "results.md").read_text()
     assert "## digits-100" in text and "## pictures-16" in text and text.count("\n| early stop |") == 2
-    drawing = (tmp_path / "out" / "digits-100" / "pareto.svg").read_bytes()
-    assert (tmp_path / "pareto-digits-100.svg").read_bytes() == drawing and "(pareto-pictures-16.svg)" in text
+    assert (tmp_path / "pareto-digits-100.svg").is_file() and "(pareto-pictures-16.svg)" in text
+    assert (tmp_path / "denoised-digits-100.png").read_bytes() == b"a picture"
+    assert "(denoised-pictures-16.png)" in text
     assert [Path(c[-1]).name for c in drawn] == ["denoised-digits-100.png", "denoised-pictures-16.png"]
     assert all(c[3:5] == ["figure", "denoised"] and len(c) == 10 and Path(c[5]).is_dir() for c in drawn)
     ran = len(here_ran())
