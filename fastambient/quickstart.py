@@ -12,7 +12,8 @@ from pathlib import Path
 from fastambient.console import duration, progress, say
 from fastambient.errors import FastambientError
 from fastambient.evaluation.report import write_report
-from fastambient.evaluation.run import evaluate_run, print_table
+from fastambient.evaluation.run import evaluate_run
+from fastambient.evaluation.table import print_table
 from fastambient.files import refuse_existing
 from fastambient.processes import die_with_parent
 from fastambient.training.run import RunFolder

@@ -218,6 +218,7 @@ def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
     assert code == 2 and "--guidance 2 needs a class-conditional model" in err
     code, out, _ = run("evaluate", "run", "--num", 20, capsys=capsys)
     assert code == 0 and "copy rate" in out
+    assert out.splitlines()[-1] == "written: run/report.html, run/metrics.json"
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {"train": 40, "holdout": 20, "samples": 20}.items() <= metrics["counts"].items()
     assert {"value", "reference", "train_vs_reference"} <= metrics["frechet"]["pixel"].keys()

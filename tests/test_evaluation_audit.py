@@ -16,9 +16,10 @@ from fastambient.data.preparation import prepare
 from fastambient.data.sources import open_source
 from fastambient.errors import InputError
 from fastambient.evaluation import evaluate
-from fastambient.evaluation.audit import audit, sentence
+from fastambient.evaluation.audit import audit
 from fastambient.evaluation.embedders import load_embedder
 from fastambient.evaluation.features import default_cache
+from fastambient.evaluation.table import print_found, sentence
 from fastambient.pictures import grid, save_png
 
 EACH = 20
@@ -129,15 +130,15 @@ def test_the_command_finds_planted_copies_end_to_end(folders, capsys):
     options = ("--samples", "samples", "--train", "train", "--features", "pixel")
     code, out, _ = _run("audit", *options, "--holdout", "holdout", "--cache", "none", capsys=capsys)
     assert code == 0 and "copy rate" in out and "30.0 %" in out
-    assert out.splitlines()[-1].startswith("30.0 % of samples are copies of a training image (95 % interval ")
-    assert out.splitlines()[-1].endswith("of held-out images 0.0 %.")
+    assert out.splitlines()[-2].startswith("30.0 % of samples are copies of a training image (95 % interval ")
+    assert out.splitlines()[-2].endswith("of held-out images 0.0 %.")
     metrics = json.loads(Path("audit.json").read_text())
     assert metrics["memorization"]["gap_ratio"]["rate"] == 0.3 == metrics["similarity"]["above_0.95"]
     assert metrics["similarity"]["holdout_above_0.95"] == 0
     assert metrics["settings"]["samples"] == "samples" and metrics["settings"]["train"] == "train"
     assert "30.0" in Path("audit-report.html").read_text(encoding="utf-8")
     code, out, _ = _run("audit", *options, "--out", "b.json", "--num", 40, capsys=capsys)
-    assert code == 0 and "no held-out set" in out and "control is missing" in out.splitlines()[-1]
+    assert code == 0 and "no held-out set" in out and "control is missing" in out.splitlines()[-2]
     bare = json.loads(Path("b.json").read_text())
     assert bare["counts"]["samples"] == 40 and bare["memorization"]["gap_ratio"]["holdout_rate"] is None
     assert 4 < bare["memorization"]["gap_ratio"]["copies"] < 24, "by chance, not the first 40"
@@ -247,3 +248,20 @@ def test_other_sizes_meet_at_a_resolution_and_broken_pictures_may_be_skipped(fol
     assert found.metrics["counts"]["samples"] == 99 and found.metrics["settings"]["resolution"] == 8
     assert found.metrics["memorization"]["gap_ratio"]["copies"] == 29
     assert sentence(found.metrics).startswith("29.3 % of samples are copies")
+
+
+def test_samples_that_look_like_nothing_are_said_to_be_no_evidence(folders, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (100, 1, 16, 16), np.uint8)
+    np.savez("noise.npz", images=noise)
+    found = audit("noise.npz", "train", holdout="holdout", features="pixel", resolution=16)
+    (q,) = found.metrics["quality"]
+    assert q["precision"] == q["coverage"] == found.metrics["memorization"]["gap_ratio"]["rate"] == 0
+    print_found(found)
+    *_, told, last = capsys.readouterr().out.splitlines()
+    assert told.startswith("0.0 % of samples are copies")
+    assert told.endswith(
+        "Precision is 0.00 and coverage is 0.00 (pixel): hardly a sample looks like a real image, so a low copy rate"
+        " says nothing here."
+    )
+    assert last == "written: audit-report.html, audit.json" and found.page.is_file() and found.file.is_file()
+    assert "so a low copy rate says nothing here." in found.page.read_text()

@@ -398,3 +398,33 @@ def test_the_files_of_the_page_have_no_carriage_return():
     """A browser turns them into line feeds before it hashes the script, and would refuse to run it."""
     folder = report.Path(report.__file__).parent
     assert all(b"\r" not in (folder / name).read_bytes() for name in ("report.js", "report.css", "report.html"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "coverage", "copies", "words"),
+    [
+        (0.02, 0.5, 4, "Precision is 0.02 and coverage is 0.50 (pixel): hardly a sample looks like a real image"),
+        (0.8, 0.01, 4, "Precision is 0.80 and coverage is 0.01 (pixel): the samples look like few of the real ones"),
+        (None, 0.01, 4, "Coverage is 0.01 (pixel): the samples look like few"),
+        (0.8, 0.5, 4, ""),
+        (0.1, 0.5, 4, ""),
+        (0.02, 0.01, 50, ""),  # half of the samples are copies: no low rate to doubt
+        (None, None, 4, ""),
+    ],
+)
+def test_a_low_copy_rate_of_samples_like_no_image_says_nothing(precision, coverage, copies, words, tmp_path):
+    q = {"embedder": "pixel", "precision": precision, "coverage": coverage, "figures": {}, "notes": []}
+    run = _with(checks.run("m", 0.2, copies), quality=[q])
+    told = report_figures.doubt(run.metrics)
+    assert told.startswith(words) and bool(told) == bool(words)
+    html, page = _read(tmp_path, run)
+    assert ("a low copy rate says nothing here" in page.text) == bool(words)
+
+
+def test_few_samples_cover_little_without_doubt():
+    q = {"embedder": "pixel", "precision": 0.8, "coverage": 0.03, "figures": {}, "notes": []}
+    of = {"samples": 100, "holdout": 10000}  # as many real images would cover 1 - (9999/10099)^5 = 5 %
+    few = _with(checks.run("m", 0.2, 4), quality=[q], counts={**checks.run("m", 0.2, 4).metrics["counts"], **of})
+    assert report_figures.doubt(few.metrics) == ""
+    q["coverage"] = 0.004
+    assert "coverage is 0.00" in report_figures.doubt(_with(few, quality=[q]).metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from fastambient.errors import InputError
 from fastambient.evaluation import evaluate, metrics
 from fastambient.evaluation import run as evaluation_run
 from fastambient.evaluation.report import RunReport
-from fastambient.evaluation.run import Evaluated, evaluate_run, print_table
+from fastambient.evaluation.run import Evaluated, evaluate_run
+from fastambient.evaluation.table import print_table
 from fastambient.training.run import RunFolder
 
 
@@ -26,7 +28,7 @@ def _evaluated(name: str, copies: int, *, train: int = 50, holdout: int = 80, sa
     images, held_out, drawn = _noise_set(train, 1), _noise_set(holdout, 2), _noise_set(samples, 3)
     drawn[:copies] = images[np.arange(copies) % train] + 1
     found = evaluate(drawn, images, held_out, settings={})
-    return Evaluated(found.metrics, RunReport(name, 0.2, found))
+    return Evaluated(found.metrics, RunReport(name, 0.2, found), Path("metrics.json"), Path("report.html"))
 
 
 def test_the_table_fits_80_columns_and_keeps_every_figure_whole(monkeypatch, capsys):

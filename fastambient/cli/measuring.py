@@ -33,7 +33,8 @@ def evaluate(
     gpus: Annotated[int | None, option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is one")] = None,
 ) -> None:
     """Measure quality and copying, each against held-out images; writes metrics, pictures and report.html."""
-    from fastambient.evaluation.run import evaluate_run, print_table
+    from fastambient.evaluation.run import evaluate_run
+    from fastambient.evaluation.table import print_found
     from fastambient.training.distributed import choose_ranks
 
     _, device = choose_ranks(gpus, None)
@@ -41,7 +42,7 @@ def evaluate(
         run, samples=samples, num=num, out=out, device=device, features=features, weights=weights,
         preprocess=preprocess and preprocess.value,
     )  # fmt: skip
-    print_table([found])
+    print_found(found)
 
 
 def audit(
@@ -86,9 +87,8 @@ def audit(
 ) -> None:
     """Are pictures of any generator copies of its training images? Against held-out images, with a report."""
     from fastambient.evaluation.audit import audit as audit_pictures
-    from fastambient.evaluation.audit import sentence
     from fastambient.evaluation.features import default_cache
-    from fastambient.evaluation.table import print_table
+    from fastambient.evaluation.table import print_found
     from fastambient.training.distributed import choose_ranks
 
     _, device = choose_ranks(gpus, None)
@@ -98,8 +98,7 @@ def audit(
         cache=None if cache == "none" else Path(cache) if cache else default_cache(),
         on_bad_image=on_bad_image.value, device=device,
     )  # fmt: skip
-    print_table([found])
-    print(sentence(found.metrics))
+    print_found(found)
 
 
 figure = typer.Typer(help="Draw figures of runs.", no_args_is_help=True, rich_markup_mode=None)

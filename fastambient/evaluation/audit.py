@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,6 @@ from fastambient.errors import InputError
 from fastambient.evaluation.embedders import DEFAULT
 from fastambient.evaluation.metrics import check_sets, evaluate
 from fastambient.evaluation.report import RunReport, write_report
-from fastambient.evaluation.report_figures import summary
 from fastambient.evaluation.run import Evaluated, open_embedder
 from fastambient.files import write_json
 from fastambient.pictures import GRID_NAME
@@ -103,13 +101,9 @@ def audit(
     )  # fmt: skip
     write_json(out, evaluation.metrics)
     report = RunReport(Path(samples).resolve().name or str(samples), None, evaluation)
-    write_report(out.with_name(f"{out.stem}-report.html"), [report], title=f"fastambient audit: {report.name}")
-    return Evaluated(evaluation.metrics, report)
-
-
-def sentence(metrics: dict[str, Any]) -> str:
-    """What was found, in one sentence with its limits."""
-    return summary(metrics)["lead"].replace("\N{NO-BREAK SPACE}", " ").replace("\N{EN DASH}", " - ")
+    page = out.with_name(f"{out.stem}-report.html")
+    write_report(page, [report], title=f"fastambient audit: {report.name}")
+    return Evaluated(evaluation.metrics, report, out, page)
 
 
 def _open(spec: str, resolution: int | None, on_bad_image: str) -> Source:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastambient.evaluation.quality import figure_name
+from fastambient.evaluation.quality import BALLS, figure_name
 
 COPYING, QUALITY = "Copying", "Quality"
+_NEAR_NOTHING = 0.1  # a precision, or a share of the coverage that real images have, below which samples look like none
 _QUALITY = {  # by the first word of a figure's name, as `quality.figure_name` writes it: which end is better, meaning
     "fd": ("lower", "Frechet distance of the samples to images that never trained."),
     "fid": ("lower", "Frechet distance in Inception features to images that never trained."),
@@ -59,7 +61,8 @@ def at(metrics: Any, path: str) -> Any:
 
 
 def summary(metrics: dict[str, Any]) -> dict[str, str]:
-    """What was found about one run: lead (one sentence with its limits) and detail (how it was counted)."""
+    """What was found about one run: lead (one sentence with its limits), doubt (see `doubt`) and detail (how it was
+    counted)."""
     gap, counts = metrics["memorization"]["gap_ratio"], metrics["counts"]
     samples, train, searched = counts["samples"], counts["train"], at(metrics, "memorization/control/images")
     lead = f"{percent(gap['rate'])} of samples are copies of a training image"
@@ -72,7 +75,7 @@ def summary(metrics: dict[str, Any]) -> dict[str, str]:
     if control is None:
         lead += "; there is no held-out set, so the control is missing."
         found += " Without images that never trained it cannot be told how much of this is chance."
-        return {"lead": lead, "detail": found}
+        return {"lead": lead, "doubt": doubt(metrics), "detail": found}
     lead += f"; of held-out images {percent(control)}."
     if searched is not None:
         found += f" The control searches {searched:,} held-out images, which the model never saw"
@@ -80,7 +83,29 @@ def summary(metrics: dict[str, Any]) -> dict[str, str]:
         if searched < counts.get("train_distinct", searched) and rate is not None:
             found += f"; against as many training images the rate is {percent(rate)}"
         found += "."
-    return {"lead": lead, "detail": found}
+    return {"lead": lead, "doubt": doubt(metrics), "detail": found}
+
+
+def doubt(metrics: dict[str, Any]) -> str:
+    """Why a low copy rate says nothing here: the samples look like no real image, or like few of them; else "".
+
+    Noise copies nothing, either. Said where precision is below a tenth, or coverage below a tenth of what as many real
+    images would reach: 1 - (M-1)...(M-k) / ((N+M-1)...(N+M-k)) in expectation (Naeem et al., 2020, eq. 10), which is
+    little for few samples. From a copy rate of a half on there is no low one to doubt.
+    """
+    if metrics["memorization"]["gap_ratio"]["rate"] >= 0.5:
+        return ""
+    for q in metrics.get("quality") or ():
+        precision, coverage = q.get("precision"), q.get("coverage")
+        n, m = metrics["counts"]["samples"], metrics["counts"]["holdout"]
+        missed = math.prod((m - i) / (n + m - i) for i in range(1, BALLS + 1))
+        alien = precision is not None and precision < _NEAR_NOTHING
+        if alien or (coverage is not None and coverage < _NEAR_NOTHING * (1 - missed)):
+            both = {"precision": precision, "coverage": coverage}
+            told = " and ".join(f"{name} is {value:.2f}" for name, value in both.items() if value is not None)
+            what = "hardly a sample looks like a real image" if alien else "the samples look like few of the real ones"
+            return f"{told[:1].upper()}{told[1:]} ({q['embedder']}): {what}, so a low copy rate says nothing here."
+    return ""
 
 
 def compare(named: Sequence[tuple[str, dict[str, Any]]]) -> str:

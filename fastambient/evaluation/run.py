@@ -17,7 +17,6 @@ from fastambient.evaluation.embedders import Embedder, load_embedder
 from fastambient.evaluation.features import default_cache
 from fastambient.evaluation.metrics import check_sets, evaluate
 from fastambient.evaluation.report import RunReport, gallery, write_report
-from fastambient.evaluation.table import print_table
 from fastambient.files import write_json
 from fastambient.pictures import grid, load_pictures, save_png
 from fastambient.sampling import load, sample
@@ -31,15 +30,17 @@ _GAP_LEVELS = np.geomspace(0.05, 10.0, 6)  # of the denoising gap, times sigma_d
 _GAP_IMAGES = 200  # of each side
 
 
-__all__ = ["Evaluated", "evaluate_run", "print_table"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """A run's metrics.json and what the report shows of it."""
+    """The content of a metrics.json and what the report shows of it.
+
+    file, page : where they were written
+    """
 
     metrics: dict[str, Any]
     report: RunReport
+    file: Path
+    page: Path
 
 
 def evaluate_run(
@@ -147,7 +148,7 @@ def evaluate_run(
         timeline=run.read_audits(),
     )
     write_report(beside("report.html"), [report], title=f"fastambient: {report.name}")
-    return Evaluated(evaluation.metrics, report)
+    return Evaluated(evaluation.metrics, report, target, beside("report.html"))
 
 
 def open_embedder(features: str, weights: Path | None, preprocess: str, *, device: str = "cpu") -> Embedder | None:

@@ -1,8 +1,9 @@
-"""The table that `evaluate` and `audit` print, and what its figures mean."""
+"""What `evaluate` and `audit` print: a table, what its figures mean, what was found, and where it lies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich import box
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastambient.evaluation.report import RunReport, fd_note
+from fastambient.evaluation.report_figures import summary
 
 
 class Measured(Protocol):
@@ -20,6 +22,30 @@ class Measured(Protocol):
 
     @property
     def report(self) -> RunReport: ...
+
+
+class Written(Measured, Protocol):
+    """What was written besides."""
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def page(self) -> Path: ...
+
+
+def print_found(evaluated: Written) -> None:
+    """The table of one evaluation, what was found, and where it was written."""
+    print_table([evaluated])
+    print(sentence(evaluated.metrics))
+    print(f"written: {evaluated.page}, {evaluated.file}")
+
+
+def sentence(metrics: dict[str, Any]) -> str:
+    """What was found, with its limits and what makes it doubtful, in plain characters."""
+    found = summary(metrics)
+    lead = found["lead"].replace("\N{NO-BREAK SPACE}", " ").replace("\N{EN DASH}", " - ")
+    return f"{lead} {found['doubt']}".rstrip()
 
 
 def print_table(evaluated: Sequence[Measured]) -> None:
