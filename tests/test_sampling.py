@@ -262,6 +262,28 @@ def test_the_network_can_be_graphed(tmp_path, monkeypatch, capsys):
     assert "no CUDA graph of the network (a cpu has none)" in capsys.readouterr().err
 
 
+def test_classes_go_by_name_and_by_number(tmp_path):
+    """Folders that are numbers are named, not counted: "10" stands before "2"."""
+    named = weights(tmp_path / "n.safetensors", label_dim=4, metadata={"class_names": ["10", "2", "cat", "dog"]})
+    plain = weights(tmp_path / "p.safetensors", label_dim=4)
+
+    def picture(model, given):
+        out = write_samples(model, [0], tmp_path / "x.npz", class_index=given, force=True)
+        return np.load(out, allow_pickle=False)["images"][0, 0]
+
+    for given, number in (("cat", 2), ("dog", 3), ("3", 3), ("10", 0), ("2", 1), (2, 2)):
+        assert np.array_equal(picture(named, given), picture(plain, number)), given
+    for model, given, message in (
+        (named, "cta", "--class: there is no class 'cta'; nearest: cat"),
+        (named, "bird", "--class: there is no class 'bird'; known: 10, 2, cat, dog"),
+        (named, "4", r"--class: expected a class in 0\.\.3, got 4"),
+        (plain, "cat", r"--class: expected a number in 0\.\.3, because its classes have no names, got 'cat'"),
+        (weights(tmp_path / "u.safetensors"), "cat", "because the model is unconditional, got 'cat'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_samples(model, [0], tmp_path / "y.npz", class_index=given)
+
+
 def test_files_and_refusals(tmp_path):
     model = weights(tmp_path / "model.safetensors")
     out = write_samples(tmp_path, [0, 5], tmp_path / "s")  # a folder with model.safetensors is enough

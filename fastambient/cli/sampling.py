@@ -15,8 +15,13 @@ def sample(
     seeds: Annotated[str, option("sample seeds, such as 0-63,100", metavar="LIST")],
     out: Annotated[Path, option("new folder for PNGs and a grid, or one .npz file", metavar="DIR")],
     class_index: Annotated[
-        int | None,
-        option("class of all pictures (conditional models)", "--class", metavar="C", default="drawn from each seed"),
+        str | None,
+        option(
+            "class of all pictures (conditional models): its name, or its number from 0",
+            "--class",
+            metavar="C",
+            default="drawn from each seed",
+        ),
     ] = None,
     steps: Annotated[
         int | None,

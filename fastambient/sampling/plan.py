@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from fastambient.diffusion.edm import EDMDenoiser
-from fastambient.errors import InputError
+from fastambient.errors import InputError, did_you_mean
 from fastambient.sampling.settings import SamplingSettings, check_sampling
 
 AUTOGUIDANCE_WEIGHT = 2.0  # default W with a guide of its own, about what Karras et al. (2024) use
@@ -74,6 +74,29 @@ def _pictures(denoiser: EDMDenoiser) -> dict[str, Any]:
     told = denoiser.metadata.get("network", {}) | {"class_names": denoiser.metadata.get("class_names")}
     names = ("img_channels", "img_resolution", "class_names")
     return {name: told[name] for name in names if name in told} | {"label_dim": denoiser.label_dim}
+
+
+def class_number(denoiser: EDMDenoiser, given: int | str) -> int:
+    """The number of a class that is given by its name or by its number, which `sample` checks.
+
+    A name wins: of folders "1", "2", "10" the class 1 is that of the folder "1", whatever its place among them.
+
+    Raises
+    ------
+    InputError : a text that is neither
+    """
+    names: list[str] = denoiser.metadata.get("class_names") or []
+    text = str(given)
+    if isinstance(given, str) and text in names:
+        return names.index(text)
+    try:
+        return int(text)
+    except ValueError:
+        if names:
+            raise InputError(f"--class: there is no class {text!r}{did_you_mean(text, names)}") from None
+        what = f"a number in 0..{denoiser.label_dim - 1}" if denoiser.label_dim else "none"
+        why = "its classes have no names" if denoiser.label_dim else "the model is unconditional"
+        raise InputError(f"--class: expected {what}, because {why}, got {text!r}") from None
 
 
 def evaluations_message(settings: SamplingSettings, *, guided: bool) -> str:

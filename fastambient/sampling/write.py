@@ -15,7 +15,7 @@ from fastambient.errors import InputError
 from fastambient.files import check_parent, new_folder
 from fastambient.pictures import GRID_NAME, grid, save_png
 from fastambient.sampling.draw import sample
-from fastambient.sampling.plan import chosen_settings, evaluations_message, guidance_weight
+from fastambient.sampling.plan import chosen_settings, class_number, evaluations_message, guidance_weight
 from fastambient.sampling.weights import load
 
 _GRID_LIMIT = 100  # pictures in the overview
@@ -49,12 +49,13 @@ def parse_interval(text: str) -> tuple[float, float]:
 def write_samples(
     path: str | Path, seeds: Sequence[int], out: Path, *, autoguidance: str | Path | None = None,
     guidance: float | None = None, guidance_interval: tuple[float, float] | None = None,
-    class_index: int | None = None, precision: str | None = None, device: str | torch.device = "cpu",
+    class_index: int | str | None = None, precision: str | None = None, device: str | torch.device = "cpu",
     force: bool = False, **changes: Any,
 ) -> Path:  # fmt: skip
     """Sample a run or weights file into a folder of PNGs with an overview grid, or into one .npz.
 
-    autoguidance : run or weights file of the guide; every other argument is `sample`'s
+    autoguidance : run or weights file of the guide
+    class_index : a class by its number, or by its name where the weights file has one; every other argument is `sample`'s
 
     Raises
     ------
@@ -64,6 +65,7 @@ def write_samples(
     guide = None if autoguidance is None else load(autoguidance, device=device)
     settings = chosen_settings(denoiser, **changes)
     weight = guidance_weight(denoiser, guidance, guide, guidance_interval)
+    number = None if class_index is None else class_number(denoiser, class_index)
     plan = evaluations_message(settings, guided=weight != 1)
     if weight != 1:
         say(f"guidance {weight:g} asks twice at every noise level{' it guides' if guidance_interval else ''}: {plan}")
@@ -71,7 +73,7 @@ def write_samples(
 
         def pictures() -> Tensor:
             return sample(
-                denoiser, seeds, class_index=class_index, settings=settings, guidance=weight, guide=guide,
+                denoiser, seeds, class_index=number, settings=settings, guidance=weight, guide=guide,
                 guidance_interval=guidance_interval, precision=precision, on_batch=advance,
             )  # fmt: skip
 
