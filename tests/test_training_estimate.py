@@ -11,7 +11,7 @@ from fastambient import system
 from fastambient.counting import count
 from fastambient.data import dali, loaders
 from fastambient.errors import InputError
-from fastambient.training import estimate, loop, start
+from fastambient.training import clock, estimate, loop, start
 from fastambient.training.config import network_config, resolve
 from fastambient.training.estimate import work_of
 from fastambient.training.run import RunFolder
@@ -64,6 +64,18 @@ def test_sample_grids_take_time(monkeypatch):
         seconds[every] = found.seconds
         assert ("with 7 sample grids" in found.text) == (every > 0)
     assert seconds[0.3] - seconds[0] == pytest.approx(7 * 64 * 35 * 1e-3 / 3)
+
+
+@pytest.mark.parametrize("seen", [0, 3])
+@pytest.mark.parametrize(("batch", "total"), [(8, 160), (64, 1000), (7, 100), (64, 10)])
+@pytest.mark.parametrize("every", [0.0, 0.001, 0.016, 0.04, 0.064, 0.1, 0.3, 7.0])
+def test_just_the_grids_that_will_be_drawn_are_counted(seen, batch, total, every):
+    """As the loop draws them: where a step passes a multiple, and at the end."""
+    nimg, drawn = seen * batch, 0
+    while nimg < total:
+        nimg += batch
+        drawn += clock.crosses(nimg, batch, every) or (nimg >= total and every > 0)
+    assert clock.grids_to_come(seen * batch, batch, total, every) == drawn
 
 
 def test_every_run_says_what_it_takes(tmp_path, monkeypatch, capsys):

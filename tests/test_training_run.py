@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -27,8 +28,9 @@ from fastambient.evaluation.run import evaluate_run
 from fastambient.pictures import grid
 from fastambient.sampling import load, sample
 from fastambient.training import checkpoint, loop
+from fastambient.training.clock import crosses
 from fastambient.training.distributed import World
-from fastambient.training.loop import Interrupted, crosses
+from fastambient.training.loop import Interrupted
 from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, create_run, new, plan, start
 
@@ -375,8 +377,8 @@ def test_training_works_outside_the_main_thread(tmp_path):
     assert len(read_stats(path)) == 2
 
 
-def test_time_that_pictures_take_is_in_the_runs_time_and_in_the_time_left(tmp_path, monkeypatch):
-    """Four previews of half a second each dwarf 20 steps of a tiny network."""
+def test_time_that_pictures_take_is_in_the_runs_time_and_in_the_time_left(tmp_path, monkeypatch, capsys):
+    """Four previews of half a second each dwarf 20 steps of a tiny network. The rate of a line is training's alone."""
     lefts = []
 
     class Spy(loop.Monitor):
@@ -393,6 +395,8 @@ def test_time_that_pictures_take_is_in_the_runs_time_and_in_the_time_left(tmp_pa
     assert state["seconds"] > 3 * 0.5  # the last checkpoint is written before the last preview's pause is counted
     # A line comes before its preview: at 0.12 kimg two of them lie behind, and a third of that time is left.
     assert len(lefts) == 4 and lefts[2] > 2 * 0.5 / 3 and lefts[3] == 0
+    rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) images/s ", capsys.readouterr().err)]
+    assert len(rates) == 4 and min(rates[1:]) > 40 / 0.5, "with a preview in it a line could not have more"
 
 
 def test_the_collector_rests_while_training_and_is_put_back(tmp_path, monkeypatch):

@@ -55,7 +55,8 @@ def write_samples(
     """Sample a run or weights file into a folder of PNGs with an overview grid, or into one .npz.
 
     autoguidance : run or weights file of the guide
-    class_index : a class by its number, or by its name where the weights file has one; every other argument is `sample`'s
+    class_index : a class by its number, or by its name where the weights file has one
+    Every other argument is `sample`'s.
 
     Raises
     ------

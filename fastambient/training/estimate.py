@@ -18,6 +18,7 @@ from fastambient.errors import InputError
 from fastambient.models.blocks import recompute_levels
 from fastambient.planning import STATE_BYTES, known_gpu, machine, memory
 from fastambient.system import available_memory
+from fastambient.training.clock import grids_to_come
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
 from fastambient_kernels import seed_tensor
 
@@ -219,12 +220,12 @@ def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: i
     size = parameters * STATE_BYTES + activations * micro
     left = max(t.kimg - nimg / 1000, 0.0)
     total = left * 1000 / micro * pass_seconds / t.ranks
-    previews = math.ceil(left / t.sample_kimg) if t.sample_kimg else 0
+    previews = grids_to_come(nimg, t.batch, round(t.kimg * 1000), t.sample_kimg or 0)
     # An evaluation is a forward pass, a third of a step's arithmetic; one rank makes the previews, the others wait.
     total += previews * PREVIEW_IMAGES * settings.sampling.evaluations * pass_seconds / micro / 3
+    grids = f" with {previews} sample grid{'s' if previews > 1 else ''}" if previews else ""
     text = (
         f"{parameters:,} parameters; about {_gib(size)} a rank ({micro} images at once);"
-        f" about {duration(total)} for {left:g} kimg on {t.ranks} rank(s)"
-        f"{f' with {previews} sample grids' if previews else ''}, scaled from {images} images timed now"
+        f" about {duration(total)} for {left:g} kimg on {t.ranks} rank(s){grids}, scaled from {images} images timed now"
     )
     return Estimate(parameters, size, total, text)

@@ -33,6 +33,7 @@ from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
 from fastambient.training import checkpoint
 from fastambient.training.audits import Auditor, check_audits, excess
+from fastambient.training.clock import crosses
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
 from fastambient.training.data import TrainingSet, store_set, stream_set
 from fastambient.training.distributed import World
@@ -98,12 +99,6 @@ def build_network(settings: Settings, data: TrainingSet | Store, device: torch.d
         network = models.build(config)
     recompute_levels(network, settings.training.checkpoint_levels)
     return network.to(device).to(memory_format=torch.channels_last).train()
-
-
-def crosses(nimg: int, batch: int, every_kimg: float) -> bool:
-    """True where the step that ends at `nimg` passes a multiple of `every_kimg`: a function of nimg alone."""
-    every = every_kimg * 1000
-    return every > 0 and nimg // every > (nimg - batch) // every
 
 
 @contextmanager
@@ -328,7 +323,9 @@ class Trainer:
                     if due:
                         self.monitor.sigma_row(self.sigma_loss.row(self.nimg))
                     if crosses(self.nimg, t.batch, t.sample_kimg or 0) or (finished and t.sample_kimg):
+                        drawing = time.monotonic()
                         self.sample_grid()
+                        self.monitor.pause(time.monotonic() - drawing)
                     if due or result.stop or self.audit_owed:
                         self.save()
                         saved_at = self.nimg

@@ -180,7 +180,11 @@ class Monitor:
         for name, value in (points | {"excess": row["train_rate"] - row["holdout_rate"]}).items():
             self.writer.add_scalar(f"audit/{name}", value, row["nimg"])
         plot_audits(self.run.path / "audits", self.run.read_audits(), rate=self.stop_rate)
-        self.line_time += row["seconds"]  # the rate of the next line is training's
+        self.pause(row["seconds"])
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that an audit or a grid took out of the next line's rate, which is training's."""
+        self.line_time += seconds
 
     def picture(self, name: str, image: Any, nimg: int) -> None:
         self.writer.add_image(name, image, nimg)
