@@ -46,7 +46,7 @@ def _handlers():
         ("prepare", ["SOURCE", "--resolution", "--sigma-tn", "--noise-seed", "--train", "--holdout", "--split-seed", "--noisy", "--on-bad-image", "1.5*R/64", "pixels"]),
         ("train", ["--data", "--out", "--preset", "--config", "--sigma-tn", "--gpus", "--processes", "--kimg", "thousands of images", "--batch", "--seed", "--noise-seed", "--precision", "--checkpoint-kimg", "--checkpoint-levels", "B|auto", "--set", "--dry-run", "--force", "--resume", "[default: digits]"]),
         ("sample", ["--seeds", "--out", "--class", "--steps", "--batch", "--sampler", "--S-churn", "--S-min", "--S-max", "--S-noise", "--guidance", "--autoguidance", "--guidance-interval", "--precision", "heun", "dpmpp-2m", "[default: 1; with --autoguidance 2]"]),
-        ("evaluate", ["--samples", "--num", "--out", "RUN/metrics.json", "--features", "--weights", "--preprocess", "efficientnet-lite0"]),
+        ("evaluate", ["--data", "--samples", "--num", "--out", "RUN/metrics.json", "--features", "--weights", "--preprocess", "efficientnet-lite0"]),
         ("audit", ["--samples", "--train", "--holdout", "--features", "--weights", "--preprocess", "--flips", "--num", "--resolution", "--cache", "--on-bad-image", "--out", "--gpus", "audit.json"]),
         ("info", ["--json"]),
         ("quickstart", ["--out", "runs/quickstart"]),

@@ -327,6 +327,25 @@ def test_another_store_in_the_place_of_a_runs_own_is_refused(tmp_path):
     train_here(path, resume=True)
 
 
+def test_a_store_that_was_moved_is_missed_and_named_anew(tmp_path):
+    prepare(open_source("digits"), tmp_path / "a", sigma_tn=0.3, noise_seed=5)
+    path = make_run(tmp_path / "run", data=str(tmp_path / "a"), noise_seed=None)
+    train_here(path)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"trained on the store .*a, which is not there; .*evaluate --data STORE"):
+        evaluate_run(path, num=2)
+    with pytest.raises(InputError, match=r"correct data.source in .*config.yaml"):
+        train_here(path, resume=True)
+    assert evaluate_run(path, num=2, data=tmp_path / "moved").metrics["counts"]["train"] == 100
+    other = prepare(open_source("digits"), tmp_path / "c", sigma_tn=0.3, split_seed=1).path
+    with pytest.raises(InputError, match=r"c is not the store that .*run was started on"):
+        evaluate_run(path, num=2, data=other)
+    own = make_run(tmp_path / "own")  # a store in the run folder may lie elsewhere, too
+    train_here(own)
+    (own / "store").rename(tmp_path / "elsewhere")
+    assert evaluate_run(own, num=2, data=tmp_path / "elsewhere").metrics["counts"]["train"] == 100
+
+
 def test_class_conditional_and_labels_dropped(tmp_path):
     path = make_run(tmp_path / "run", "data.use_labels=true", "model.label_dropout=0.2")
     train_here(path)

@@ -12,6 +12,9 @@ from fastambient.cli.options import SOURCE_HELP, Features, OnBadImage, Preproces
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")],
+    data: Annotated[
+        Path | None, option("the store that it was trained on, if it was moved", metavar="STORE", default="the run's")
+    ] = None,
     samples: Annotated[
         Path | None, option("folder of PNGs or .npz to measure instead of sampling", metavar="DIR")
     ] = None,
@@ -39,7 +42,7 @@ def evaluate(
 
     _, device = choose_ranks(gpus, None)
     found = evaluate_run(
-        run, samples=samples, num=num, out=out, device=device, features=features, weights=weights,
+        run, data=data, samples=samples, num=num, out=out, device=device, features=features, weights=weights,
         preprocess=preprocess and preprocess.value,
     )  # fmt: skip
     print_found(found)

@@ -46,6 +46,7 @@ class Evaluated:
 def evaluate_run(
     path: Path,
     *,
+    data: Path | None = None,
     samples: Path | None = None,
     num: int | None = None,
     out: Path | None = None,
@@ -61,6 +62,7 @@ def evaluate_run(
     Parameters
     ----------
     path : run folder
+    data : where its store lies now; None for where it was
     samples : folder of PNGs or .npz to measure; None samples seeds 0 .. num-1 from the run's EMA weights
     num : samples to draw; None for the run's evaluation.num
     out : where the metrics go; None for metrics.json in the run
@@ -80,15 +82,15 @@ def evaluate_run(
     settings = run.read_settings()
     if settings.data.stream:
         raise InputError(f"{path} streams its images: nothing was held out, and no store says what it trained on")
-    store = run.open_store(verify=False)
+    store = run.open_store(verify=False, at=data)
     if store.train.images is None or store.holdout.images is None:
         raise InputError(
-            f"{run.store_path} was handed out: it holds no clean training image to look for copies of; who made it can"
+            f"{store.path} was handed out: it holds no clean training image to look for copies of; who made it can"
             " evaluate samples of this run"
         )
     if len(store.holdout) < 2:
         raise InputError(
-            f"{run.store_path} holds {len(store.holdout) or 'no'} held-out images, expected at least 2: without them"
+            f"{store.path} holds {len(store.holdout) or 'no'} held-out images, expected at least 2: without them"
             " copying cannot be told from chance; prepare it with a larger --holdout"
         )
     e = settings.evaluation

@@ -3,7 +3,7 @@
 config.yaml         the whole settings tree
 noise_seed          the secret of the noise contract, readable by its owner only; never exported
 store/              the prepared data set, where the run was started from a SOURCE
-store_sha256        of the manifest of the STORE that the run was started on, which lies elsewhere
+store_sha256        of the manifest of the store that the run was started on, wherever it lies
 stats.jsonl         one object per optimizer step
 skipped.jsonl       [image, reason], of the images that a stream left out: a line from each process that met one
 sigma_loss.jsonl    loss per noise level, one object per checkpoint
@@ -82,15 +82,26 @@ class RunFolder:
         return self.store if self.store.is_dir() else Path(self.read_settings().data.source)
 
     def pin_store(self, store: Store, clean: Store | None = None) -> None:
-        """Remember which stores lie outside: another split or another noised copy must not take their place."""
+        """Remember which stores a run was started on: another split or noised copy must not take their place."""
         for file, pinned in ((self._store_sha256, store), (self._clean_sha256, clean)):
             if pinned is not None:
                 write_bytes(file, f"{sha256_file(pinned.path / 'manifest.json')}\n".encode())
 
-    def open_store(self, *, verify: bool = True) -> Store:
+    def open_store(self, *, verify: bool = True, at: Path | None = None) -> Store:
         """The store of this run. InputError where another one lies in its place by now: its noise would be a second
-        observation of every picture, and images that were held out would train."""
-        return self._unchanged(Store.open(self.store_path, verify=verify), self._store_sha256)
+        observation of every picture, and images that were held out would train.
+
+        at : where it lies now, if it was moved
+        """
+        path = at or self.store_path
+        if at is None and not path.exists():
+            raise InputError(
+                f"{self.path} was trained on the store {path}, which is not there; put it back, say where it lies now"
+                f" (evaluate --data STORE), or correct data.source in {self.config}"
+            )
+        if at is not None and not self._store_sha256.is_file():
+            raise InputError(f"--data {at}: {self.path} does not say which store it was trained on; leave --data out")
+        return self._unchanged(Store.open(path, verify=verify), self._store_sha256)
 
     def open_clean(self, *, verify: bool = True) -> Store | None:
         """The store of clean images beside a hand-out, or None; errors as `open_store`'s."""

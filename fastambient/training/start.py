@@ -247,6 +247,7 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
                 split_seed=d.split_seed, noisy=d.noisy,
             )  # fmt: skip
             check_audits(plan.settings, store)
+            run.pin_store(store)
             seed = store.noise_seed
             source = d.source if not Path(d.source).exists() else str(Path(d.source).resolve())
             sides, sigma_data = (len(store.train), len(store.holdout)), store.sigma_data
