@@ -189,7 +189,11 @@ def test_tiles_are_drawn_pixel_for_pixel(tmp_path):
     for channels in (1, 3):
         tiles = np.random.default_rng(0).integers(0, 256, (2, 3, channels, 8, 8), dtype=np.uint8)
         block = Block(
-            "title", tiles, ["one", "a very long name of a model that is broken"], ["a", "b", "c"], frozenset([1])
+            "a title of several lines, " * channels,
+            tiles,
+            ["one", "a very long name of a model that is broken"],
+            ["a", "b", "c"],
+            frozenset([1]),
         )
         draw(tmp_path / "f.png", [block, block])
         with Image.open(tmp_path / "f.png") as picture:

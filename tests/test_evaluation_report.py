@@ -20,8 +20,9 @@ import report_checks as checks
 from PIL import Image
 
 from fastambient.errors import InputError
-from fastambient.evaluation import report, report_figures, report_gallery, report_plots
-from fastambient.evaluation.report import RunReport, fd_note, gallery, nearest_pairs, write_report
+from fastambient.evaluation import overviews, report, report_figures, report_gallery, report_plots
+from fastambient.evaluation.figures_layout import draw
+from fastambient.evaluation.report import RunReport, fd_note, nearest_pairs, write_report
 from fastambient.pictures import grid
 
 
@@ -364,7 +365,7 @@ def test_large_pictures_are_averaged_down():
     assert _cut(made, 1)[:, :49].min() == 200 and _cut(made, 1)[:, 51:].max() == 0
 
 
-def test_pairs_and_gallery_are_sorted_and_mirrored():
+def test_pairs_are_sorted_and_mirrored():
     e = checks.evaluation(5, samples=20)
     before = e.train.copy()
     for k, score in enumerate(e.scores):
@@ -375,12 +376,34 @@ def test_pairs_and_gallery_are_sorted_and_mirrored():
             assert i == score.index[n]
             assert np.array_equal(nearest, e.train[i][..., ::-1] if score.mirrored[n] else e.train[i])
     assert np.array_equal(e.train, before)
-    first = nearest_pairs(e, 1)
-    picture = gallery(e, 6)
-    assert np.array_equal(picture[0, 4 : 4 + 64 : 8, 4 : 4 + 64 : 8], first.samples[0, 0])
-    assert np.array_equal(picture[0, 4 : 4 + 64 : 8, 70 : 70 + 64 : 8], first.nearest[0, 0])
     assert len(nearest_pairs(e, 500).value) == 20
     assert len(nearest_pairs(checks.evaluation(5, holdout=0), 6, control=True).value) == 0
+
+
+def test_the_pictures_beside_a_measurement_say_what_is_in_them(tmp_path, monkeypatch):
+    blocks = []
+    monkeypatch.setattr(overviews, "draw", lambda path, given, **options: blocks.extend(given) or draw(path, given))
+    e = checks.evaluation(5)
+    overviews.draw_nearest(tmp_path / "n.png", "run $x_1$", e)
+    pairs = nearest_pairs(e, 24)
+    assert blocks[0].title.startswith(
+        "run $x_1$: the 24 of 100 samples that are most alike to a training image, by d1/d2,"
+    )
+    assert blocks[0].title.endswith("5 of 100 are copies (d1/d2 < 0.333)") and blocks[1].title == ""
+    assert all(tuple(block.rows) == ("sample", "nearest training image") for block in blocks)
+    tiles = np.concatenate([block.tiles for block in blocks], axis=1)
+    assert np.array_equal(tiles[0], pairs.samples) and np.array_equal(tiles[1], pairs.nearest)
+    labels = [label for block in blocks for label in block.columns]
+    assert labels == [f"{v:.2f}" + (" copy" if v < 1 / 3 else "") for v in pairs.value] and "copy" in labels[4]
+    assert [sorted(block.alarmed) for block in blocks] == [[0, 1, 2, 3, 4], [], []]
+    blocks.clear()
+    overviews.draw_samples(tmp_path / "s.png", "run", e.samples, seeded=True)
+    overviews.draw_samples(tmp_path / "s.png", "run", e.samples[:9], seeded=False)
+    assert [block.title for block in blocks] == [
+        "run: the first 64 of 100 samples, seeds 0 to 63, row by row, not selected",
+        "run: all 9 samples, in their order, row by row, not selected",
+    ]
+    assert np.array_equal(blocks[1].tiles[0, 0], grid(e.samples[:9]))
 
 
 def test_a_copy_is_strictly_beyond_the_threshold():

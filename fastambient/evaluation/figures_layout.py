@@ -15,6 +15,7 @@ from fastambient.pictures import enlarge, grid
 
 _DPI = 100
 _NAME = 18  # characters a line of a row's label
+_TITLE = 8  # pixels a character of a title, of which it is broken into lines
 _COPY = "#b3261e"  # of the caption of a copy, which also says so in words
 
 
@@ -53,16 +54,22 @@ def draw(path: Path, blocks: Sequence[Block], *, enlarged: bool = True) -> None:
     labels = [[wrapped(text) for text in block.rows] for block in blocks]
     longest = max((len(line) for rows in labels for text in rows for line in text.split("\n")), default=0)
     left, right, gap = 12 + 7 * longest + (8 if longest else 0), 12, 10
-    heads = [(22 if block.title else 0) + (20 if block.columns else 0) + gap for block in blocks]
-    width = left + max(max(canvas.shape[2] for canvas in canvases), 320) + right
+    inner = max(max(canvas.shape[2] for canvas in canvases), 320)
+    titles = [textwrap.wrap(block.title, inner // _TITLE, break_on_hyphens=False) for block in blocks]
+    heads = [
+        (4 + 18 * len(title) if title else 0) + (20 if block.columns else 0) + gap
+        for block, title in zip(blocks, titles, strict=True)
+    ]
+    width = left + inner + right
     height = sum(heads) + sum(canvas.shape[1] for canvas in canvases) + gap
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     top = height
-    for block, canvas, head, names in zip(blocks, canvases, heads, labels, strict=True):
+    for block, canvas, head, names, title in zip(blocks, canvases, heads, labels, titles, strict=True):
         _, h, w = canvas.shape
-        if block.title:
-            figure.text(left / width, (top - gap) / height, block.title, va="top", fontsize=10, weight="bold")
+        for k, line in enumerate(title):
+            y = (top - gap - 18 * k) / height
+            figure.text(left / width, y, line, va="top", fontsize=10, weight="bold", parse_math=False)
         top -= head
         figure.figimage(
             np.broadcast_to(canvas, (3, h, w)).transpose(1, 2, 0),  # a colour map would round grey levels
@@ -74,10 +81,12 @@ def draw(path: Path, blocks: Sequence[Block], *, enlarged: bool = True) -> None:
         for k, text in enumerate(block.columns):
             color = _COPY if k in block.alarmed else "black"
             x = left + (k + 0.5) * w / columns
-            figure.text(x / width, (top + 4) / height, text, ha="center", va="bottom", fontsize=8, color=color)
+            figure.text(
+                x / width, (top + 4) / height, text, ha="center", va="bottom", fontsize=8, color=color, parse_math=False
+            )
         for k, text in enumerate(names):
             y = top - (k + 0.5) * h / rows
-            figure.text((left - 8) / width, y / height, text, ha="right", va="center", fontsize=8)
+            figure.text((left - 8) / width, y / height, text, ha="right", va="center", fontsize=8, parse_math=False)
         top -= h
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})

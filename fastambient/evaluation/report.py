@@ -19,11 +19,11 @@ from fastambient.evaluation import report_figures as figures
 from fastambient.evaluation import report_plots as plots
 from fastambient.evaluation.frechet import bias_note
 from fastambient.evaluation.metrics import Evaluation
-from fastambient.evaluation.report_gallery import gallery, gallery_data, is_copy, most_copied, nearest_pairs, reduced
+from fastambient.evaluation.report_gallery import gallery_data, is_copy, most_copied, nearest_pairs, reduced
 from fastambient.files import write_bytes
 from fastambient.pictures import grid, png_bytes
 
-__all__ = ["RunReport", "fd_note", "gallery", "nearest_pairs", "write_report"]
+__all__ = ["RunReport", "fd_note", "nearest_pairs", "write_report"]
 
 _GRID = 64  # unselected samples of a run
 _CONTROL_PAIRS = 6  # samples beside their nearest held-out images

@@ -17,12 +17,11 @@ import numpy as np
 from PIL import Image, features
 
 from fastambient.evaluation.metrics import Evaluation, Score
-from fastambient.pictures import GAP_VALUE, as_pictures, enlarge, grid
+from fastambient.pictures import as_pictures
 
 MOST_PIXELS = 24 * 2**20  # of all pictures of a run's gallery: 12,000 pairs of 32x32, about 35 MB of a page
 _SHEET = 2**20  # pixels of a sheet: a browser decodes it in some 20 ms
 _SIDE = 128  # pixels; larger pictures are averaged down for the gallery
-_MARGIN = 4  # pixels around a pair of the gallery picture; one remains on each side of the seam
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,6 @@ def nearest_pairs(evaluation: Evaluation, count: int, *, score: int = 0, control
         mirrored = s.mirrored[order]
         nearest[mirrored] = nearest[mirrored][..., ::-1]
     return Pairs(evaluation.samples[order], nearest, values[order], order, index[order])
-
-
-def gallery(evaluation: Evaluation, count: int, *, score: int = 0) -> np.ndarray:
-    """One picture uint8 [C, H, W] of `nearest_pairs`: sample left, its nearest training image right."""
-    pairs = nearest_pairs(evaluation, count, score=score)
-    margin = ((0, 0), (0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN))
-    left, right = (np.pad(enlarge(side), margin, constant_values=GAP_VALUE) for side in (pairs.samples, pairs.nearest))
-    return grid(np.concatenate([left[..., : -_MARGIN + 1], right[..., _MARGIN - 1 :]], axis=3), scale=1)
 
 
 def sheets(images: np.ndarray) -> Sheets:

@@ -16,16 +16,15 @@ from fastambient.evaluation.denoising_gap import denoising_gap
 from fastambient.evaluation.embedders import Embedder, load_embedder
 from fastambient.evaluation.features import default_cache
 from fastambient.evaluation.metrics import check_sets, evaluate
-from fastambient.evaluation.report import RunReport, gallery, write_report
+from fastambient.evaluation.overviews import draw_nearest, draw_samples
+from fastambient.evaluation.report import RunReport, write_report
 from fastambient.files import write_json
-from fastambient.pictures import grid, load_pictures, save_png
+from fastambient.pictures import load_pictures
 from fastambient.sampling import load, sample
 from fastambient.training import checkpoint
 from fastambient.training.config import EvaluationSettings
 from fastambient.training.run import RunFolder
 
-_PAIRS = 24  # of the gallery: the samples nearest to a training image
-_GRID = 64
 _GAP_LEVELS = np.geomspace(0.05, 10.0, 6)  # of the denoising gap, times sigma_data
 _GAP_IMAGES = 200  # of each side
 
@@ -139,10 +138,11 @@ def evaluate_run(
         },
     )  # fmt: skip
     write_json(target, evaluation.metrics)
-    save_png(beside("evaluation.png"), grid(pictures[:_GRID]))
-    save_png(beside("nearest.png"), gallery(evaluation, _PAIRS))
+    name = name or path.resolve().name
+    draw_samples(beside("evaluation.png"), name, pictures, seeded=samples is None)
+    draw_nearest(beside("nearest.png"), name, evaluation)
     report = RunReport(
-        name=name or path.resolve().name,
+        name=name,
         sigma_tn=settings.noise.sigma_tn or 0.0,
         evaluation=evaluation,
         stats=stats,
