@@ -285,17 +285,27 @@ def test_stores_and_the_command_line(tmp_path):
 
 
 def test_a_stores_noise_seed_at_another_level_is_a_warning(tmp_path, capsys):
-    source = open_source("digits")
-    stores = {s: str(prepare(source, tmp_path / f"{s}", sigma_tn=s, noise_seed=5).path) for s in (None, 0.3)}
+    """From the second level on, whichever the store was prepared for: one alone gives nothing away."""
 
-    def warned(level, sigma_tn, *assignments, noise_seed=None):
+    def store(name, **options):
+        return prepare(open_source("digits"), tmp_path / name, noise_seed=5, **options).path
+
+    def warned(path, sigma_tn, *assignments, noise_seed=None):
         run = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        make_run(run, f"noise.sigma_tn={sigma_tn}", *assignments, data=stores[level], noise_seed=noise_seed)
-        return "give runs at several levels a --noise-seed each" in capsys.readouterr().err
+        make_run(run, f"noise.sigma_tn={sigma_tn}", *assignments, data=str(path), noise_seed=noise_seed)
+        return (re.findall("the noise seed of .* noised its images at (.*), too", capsys.readouterr().err) or [""])[0]
 
-    assert warned(0.3, 0.4) and warned(None, 0.4)
-    assert not warned(0.3, 0.3) and not warned(0.3, 0) and not warned(0.3, 0.4, noise_seed=9)
-    assert not warned(0.3, 0.4, "noise.mode=fresh")
+    one = store("one", sigma_tn=0.3)
+    for ask in ((0.4,), (0.4,), (0,), (0.3, "noise.mode=fresh")):  # prepared for 0.3, and never noised at it
+        assert not warned(one, *ask), ask
+    assert not warned(one, 0.3, noise_seed=9)
+    assert warned(one, 0.3) == "0.4" and warned(one, 0.5, noise_seed=5) == "0.3, 0.4" and warned(one, 0.4) == "0.3, 0.5"
+    noisy = store("noisy", sigma_tn=0.3, noisy="float16")
+    assert not warned(noisy, 0.3, "data.noisy=float16")
+    own = make_run(tmp_path / "own", "noise.sigma_tn=0.2", noise_seed=None) / "store"
+    assert not warned(own, 0.2) and warned(own, 0.3) == "0.2"
+    (one / "noise_levels").unlink()  # a store of an older program
+    assert warned(one, 0.4) == "another sigma_tn" and not warned(one, 0.3)
 
 
 def test_mirrored_pairs_are_a_warning_under_x_flips(tmp_path, capsys):

@@ -112,6 +112,8 @@ def prepare(
             manifest = _write(work, new, source, decoded, request)
             if request.noise_seed is not None:
                 shutil.copy2(work / "noise_seed", new / "noise_seed")  # with its rights from the first byte on
+                levels = "" if request.noisy == "none" else f"{request.sigma_tn!r}\n"
+                write_bytes(new / "noise_levels", levels.encode())
             write_json(new / "manifest.json", manifest)
     except OSError as error:
         raise FastambientError(

@@ -2,6 +2,7 @@
 
     manifest.json            what is here, and the size and SHA-256 of every other file but the noise seed's
     noise_seed               the seed of the fixed noise, 16 hex digits, readable by its owner alone
+    noise_levels             every sigma_tn that this seed has noised the images at, one a line; runs add theirs
     train/, holdout/         images-00000.npy ...   uint8 [n, C, H, W], about 256 MB each
                              ids.npy                int64 [N], image ids
                              labels.npy             int64 [N], only in a labelled set
@@ -145,6 +146,20 @@ class Store:
         if not re.fullmatch(r"[0-9a-f]{16}", text):
             raise InputError(f"{file} is damaged: expected 16 hex digits; restore it, or prepare a new store")
         return int(text, 16)
+
+    def use_noise_at(self, sigma_tn: float) -> list[float] | None:
+        """Put a level on record at which the store's noise seed is used, and return the others that are on record: who
+        has x0 + a*eps and x0 + b*eps has x0. None where they are not known: in a store of an older program, or in one
+        that cannot be written to."""
+        file = self.path / "noise_levels"
+        try:
+            levels = {float(line) for line in file.read_text(encoding="ascii").split()}
+            if sigma_tn not in levels:
+                with open(file, "a", encoding="ascii") as record:
+                    record.write(f"{sigma_tn!r}\n")
+        except (OSError, ValueError):
+            return None
+        return sorted(levels - {sigma_tn})
 
     def check_noise(self) -> None:
         """InputError where the noise seed is missing, or is not the one that the noised images were made with. No

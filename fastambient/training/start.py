@@ -222,18 +222,8 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
                 seed = plan.clean.noise_seed if plan.clean is not None else 0
             else:
                 seed = store.noise_seed if plan.noise_seed is None else plan.noise_seed
-            if (
-                plan.noise_seed is None
-                and not store.hand_out
-                and n.mode == "fixed"
-                and n.sigma_tn
-                and n.sigma_tn != store.sigma_tn
-            ):
-                warn(  # which runs there are is not known, and the noise contract has no place for sigma_tn
-                    f"the noise seed of {store.path} serves every run on it, and who has an image noised at"
-                    f" {n.sigma_tn:g} and at another sigma_tn has the image: give runs at several levels a"
-                    " --noise-seed each (64 random bits), or a store each"
-                )
+            if not store.hand_out and seed == store.noise_seed:
+                _use_noise(store, plan.settings)
             source = str(store.path.resolve())
             sides, sigma_data = (len(store.train), len(store.holdout)), store.sigma_data
         elif isinstance(plan.data, ShardStream):
@@ -249,6 +239,7 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
             check_audits(plan.settings, store)
             run.pin_store(store)
             seed = store.noise_seed
+            _use_noise(store, plan.settings)
             source = d.source if not Path(d.source).exists() else str(Path(d.source).resolve())
             sides, sigma_data = (len(store.train), len(store.holdout)), store.sigma_data
         filled: dict[str, dict[str, Any]] = {
@@ -267,6 +258,25 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
         run.write_settings(plan.settings.with_values(filled, where="data"))
         run.write_noise_seed(seed)
     return out
+
+
+def _use_noise(store: Store, settings: Settings) -> None:
+    """Put the level of a run that trains with the store's own noise seed on record; a warning where it is not the only
+    one, or where nobody knows."""
+    n = settings.noise
+    if n.mode != "fixed" or not n.sigma_tn:
+        return
+    others = store.use_noise_at(n.sigma_tn)
+    if others is None and n.sigma_tn == store.sigma_tn:
+        return  # of an older program, at the level that it was prepared for
+    if others or others is None:
+        told = "may have noised" if others is None else "has noised"
+        levels = "another sigma_tn" if others is None else ", ".join(f"{level:g}" for level in others)
+        warn(
+            f"the noise seed of {store.path} {told} its images at {levels}, too, and who has an image noised at"
+            f" {n.sigma_tn:g} and at another level has the image: give runs at several levels a --noise-seed each (64"
+            " random bits), or a store each"
+        )
 
 
 def start(path: Path, *, resume: bool = False, ranks: int | None = None, device: str | None = None) -> None:
