@@ -50,7 +50,7 @@ def information() -> dict[str, dict[str, Any]]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda if cuda else None,
-        "bf16_on_cpu": "avx512_bf16" in _cpu_flags(),
+        "bf16_on_cpu": bf16_on_cpu(),
     }
     native = {name: _said(_native.missing(name)) for name in _OPERATORS}
     in_cuda = {"adam_ema": _said(_cuda_missing())}
@@ -66,6 +66,24 @@ def information() -> dict[str, dict[str, Any]]:
         "cuda": in_cuda,
         "triton": triton,
     }
+
+
+def slow_operators(device: str) -> str:
+    """One line that names the operators which "auto" runs in plain torch on "cpu" or "cuda", and why; "" where a fast
+    path runs all of them, and where FASTAMBIENT_IMPL chose."""
+    if os.environ.get("FASTAMBIENT_IMPL", "auto") != "auto":
+        return ""
+    by_reason: dict[str, list[str]] = {}
+    for name in _OPERATORS:
+        if device == "cuda":
+            reason = None if name == "conv2d" else _triton_missing(name, "cuda")  # cuDNN's convolutions are fast
+            reason = reason and (_cuda_missing() if name == "adam_ema" else reason)
+        else:
+            reason = _native.missing(name)
+        if reason:
+            by_reason.setdefault(reason, []).append(name)
+    told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+    return f"these operators run in plain torch, which is slower: {told}" if told else ""
 
 
 def _said(reason: str | None) -> str:
@@ -149,9 +167,14 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def bf16_on_cpu() -> bool:
+    """Whether the CPU multiplies in bfloat16, as AVX512_BF16 and AMX do, and Arm's BF16; False where nothing says."""
+    return not _cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def _cpu_flags() -> set[str]:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return set(next((line for line in file if line.startswith("flags")), "").split())
+            return set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
     except OSError:
         return set()

@@ -240,6 +240,17 @@ def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
     assert code == 0 and read_stats(tmp_path / "again") == read_stats(tmp_path / "run")
 
 
+def test_commands_name_slow_operators_in_one_line_and_no_others(tmp_path):
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    quick = [*TINY, "training.sample_kimg=0", "training.kimg=0.008", "training.batch=8"]
+    quick = [part for setting in quick for part in ("--set", setting)]
+    here = cli("train", "--out", tmp_path / "a", *quick, env=environment)
+    without = cli("train", "--out", tmp_path / "b", *quick, env=environment | {"FASTAMBIENT_NATIVE": "off"})
+    assert "fastambient_kernels:" not in here.stderr + without.stderr
+    slow = [line for line in without.stderr.splitlines() if "run in plain torch" in line]
+    assert len(slow) == 1 and "conv2d" in slow[0] and slow[0].endswith("(switched off by FASTAMBIENT_NATIVE=off)")
+
+
 def wait_for_lines(path, lines, seconds=300):
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastambient import system
 from fastambient.system import information
+from fastambient.training.config import resolve
+from fastambient.training.notes import notes
 from fastambient_kernels import _native
 
 OPERATORS = ["ambient_noise", "ambient_loss", "group_norm_silu", "adam_ema", "dropout", "random_words", "conv2d",
@@ -75,6 +78,36 @@ def test_auto_follows_what_is_available_and_the_environment():
     asked = elsewhere(CUDA_VISIBLE_DEVICES="", FASTAMBIENT_IMPL="reference", FASTAMBIENT_CUDA="on")
     assert set(asked["operators"].values()) == {"reference"}
     assert "FASTAMBIENT_CUDA=on: there is no CUDA device" in asked["cuda"]["adam_ema"]
+
+
+def test_slow_operators_are_one_line_with_the_reason(monkeypatch):
+    monkeypatch.delenv("FASTAMBIENT_IMPL", raising=False)
+    why = {"conv2d": "no compiler", "residual": "no compiler", "dropout": "another reason"}
+    monkeypatch.setattr(system._native, "missing", lambda name, device="cpu": why.get(name))
+    assert system.slow_operators("cpu") == (
+        "these operators run in plain torch, which is slower: dropout (another reason); conv2d, residual (no compiler)"
+    )
+    monkeypatch.setattr(system, "_triton_missing", lambda name, device: "no Triton")
+    monkeypatch.setattr(system, "_cuda_missing", lambda: None)
+    told = system.slow_operators("cuda")
+    assert told.endswith("(no Triton)") and "residual" in told
+    assert "conv2d" not in told and "adam_ema" not in told, "they have other fast paths on a GPU"
+    monkeypatch.setenv("FASTAMBIENT_IMPL", "reference")
+    assert system.slow_operators("cpu") == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "there"),
+    [({"avx512f"}, False), ({"avx512f", "avx512_bf16"}, True), ({"amx_bf16"}, True), ({"bf16"}, True), (set(), False)],
+)
+def test_bf16_needs_the_instructions(flags, there, monkeypatch):
+    monkeypatch.setattr(system, "_cpu_flags", lambda: flags)
+    settings = resolve(resolution=8, assignments=["training.precision=bf16"])
+    data = SimpleNamespace(mirrored_pairs=0)
+    for device in ("cpu", "cuda"):
+        warned = any("no bfloat16 units" in note for note in notes(settings, data, device))
+        assert warned == (device == "cpu" and not there)
+    assert system.bf16_on_cpu() == there
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):

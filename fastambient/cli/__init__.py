@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors are one line on stderr; exit code 2 for bad input, 1 for a failure, 130/143 for a signal."""
     signal.signal(signal.SIGTERM, _terminate)
     _wait_politely()
+    # A library says what each operator took; a command says what is slow, in one line (options.py, training/notes.py).
+    os.environ.setdefault("FASTAMBIENT_QUIET", "1")
     try:
         code = app(args=arguments, standalone_mode=False)
     except FastambientError as error:

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from fastambient.cli.options import SOURCE_HELP, Features, OnBadImage, Preprocess, Weights, option, parse_numbers
+from fastambient.cli.options import (
+    SOURCE_HELP,
+    Features,
+    OnBadImage,
+    Preprocess,
+    Weights,
+    choose_device,
+    option,
+    parse_numbers,
+)
 
 
 def evaluate(
@@ -38,9 +47,8 @@ def evaluate(
     """Measure quality and copying, each against held-out images; writes metrics, pictures and report.html."""
     from fastambient.evaluation.run import evaluate_run
     from fastambient.evaluation.table import print_found
-    from fastambient.training.distributed import choose_ranks
 
-    _, device = choose_ranks(gpus, None)
+    device = choose_device(gpus)
     found = evaluate_run(
         run, data=data, samples=samples, num=num, out=out, device=device, features=features, weights=weights,
         preprocess=preprocess and preprocess.value,
@@ -92,9 +100,8 @@ def audit(
     from fastambient.evaluation.audit import audit as audit_pictures
     from fastambient.evaluation.features import default_cache
     from fastambient.evaluation.table import print_found
-    from fastambient.training.distributed import choose_ranks
 
-    _, device = choose_ranks(gpus, None)
+    device = choose_device(gpus)
     found = audit_pictures(
         samples, train, holdout=holdout, out=out, weights=weights, flips=flips, num=num, resolution=resolution,
         features=features or "efficientnet-lite0", preprocess=preprocess.value if preprocess else "standard",
@@ -119,10 +126,9 @@ def figure_denoised(
 ) -> None:
     """What each model makes of the same noised images: rows are models, columns noise levels."""
     from fastambient.evaluation.figures import denoised
-    from fastambient.training.distributed import choose_ranks
 
     levels = None if sigmas is None else parse_numbers("--sigmas", sigmas)
-    print(denoised(runs, out, images=images, sigmas=levels, device=choose_ranks(gpus, None)[1]))
+    print(denoised(runs, out, images=images, sigmas=levels, device=choose_device(gpus)))
 
 
 @figure.command("samples")
@@ -135,9 +141,8 @@ def figure_samples(
     """Samples of each run at the same seeds."""
     from fastambient.evaluation.figures import samples
     from fastambient.sampling import parse_seeds
-    from fastambient.training.distributed import choose_ranks
 
-    print(samples(runs, parse_seeds(seeds), out, device=choose_ranks(gpus, None)[1]))
+    print(samples(runs, parse_seeds(seeds), out, device=choose_device(gpus)))
 
 
 @figure.command("neighbours")
@@ -150,9 +155,8 @@ def figure_neighbours(
 ) -> None:
     """Samples beside their nearest training and held-out images, with the gap ratio."""
     from fastambient.evaluation.figures import neighbours
-    from fastambient.training.distributed import choose_ranks
 
-    print(neighbours(run, out, samples=samples, num=num, device=choose_ranks(gpus, None)[1]))
+    print(neighbours(run, out, samples=samples, num=num, device=choose_device(gpus)))
 
 
 def sweep(

@@ -79,6 +79,18 @@ def parse_numbers(name: str, text: str) -> list[float]:
         raise InputError(f"{name} must be numbers such as 0,0.1,0.2, got {text!r}") from None
 
 
+def choose_device(gpus: int | None) -> str:
+    """The device of ``--gpus``, "cuda" or "cpu", with a warning where operators are slower there than they could be."""
+    from fastambient.console import warn
+    from fastambient.system import slow_operators
+    from fastambient.training.distributed import choose_ranks
+
+    _, device = choose_ranks(gpus, None)
+    if slow := slow_operators(device):
+        warn(slow)
+    return device
+
+
 def option(help: str, *names: str, metavar: str | None = None, default: str | None = None) -> Any:
     """An option whose help ends with its default, also where that is computed."""
     text = help if default is None else f"{help} [default: {default}]"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastambient.cli.options import Force, Precision, Sampler, option
+from fastambient.cli.options import Force, Precision, Sampler, choose_device, option
 
 
 def sample(
@@ -81,9 +81,8 @@ def sample(
 ) -> None:
     """Sample pictures from a trained model."""
     from fastambient.sampling import parse_interval, parse_seeds, write_samples
-    from fastambient.training.distributed import choose_ranks
 
-    _, device = choose_ranks(gpus, None)
+    device = choose_device(gpus)
     written = write_samples(
         model, parse_seeds(seeds), out, class_index=class_index, steps=steps, batch=batch, device=device, force=force,
         sampler=sampler and sampler.value, S_churn=S_churn, S_min=S_min, S_max=S_max, S_noise=S_noise,

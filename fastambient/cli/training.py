@@ -20,6 +20,7 @@ from fastambient.cli.options import (
     Precision,
     Regime,
     Weighting,
+    choose_device,
     option,
     parse_batch,
     parse_sigma_tn,
@@ -121,6 +122,8 @@ def prepare(
         noisy = Noisy.float16
     if sigma_tn is None and noisy is not Noisy.none:
         sigma_tn = default_sigma_tn(opened.resolution)
+    if noisy is not Noisy.none:
+        choose_device(0)  # says what is slow
     store = prepare_store(
         opened, out, sigma_tn=sigma_tn, noise_seed=noise_seed, train=train, holdout=holdout, split_seed=split_seed,
         noisy=noisy.value, dedup=dedup and dedup.value, hand_out=hand_out, captions=captions, force=force,
@@ -322,4 +325,5 @@ def quickstart(
     """Train EDM and the ambient model on 100 digits, measure both, print one table (under 5 minutes on 2 cores)."""
     from fastambient.quickstart import quickstart as run_quickstart
 
+    choose_device(0)
     run_quickstart(out, force=force)

@@ -382,7 +382,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
         say(trainer.loader_line)
         if trainer.auditor is not None:
             say(trainer.auditor.message())
-        for note in filter(None, (warning, *notes(s, trainer.data))):
+        for note in filter(None, (warning, *notes(s, trainer.data, world.device.type))):
             warn(note)
         if resume:
             at = f"from {trainer.nimg / 1000:g} kimg" if resumed else "from the start: no checkpoint was written yet"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
+from fastambient.system import bf16_on_cpu, slow_operators
 from fastambient.training.config import Settings
 from fastambient.training.data import TrainingSet
 
 
-def notes(s: Settings, data: TrainingSet) -> list[str]:
-    """Sentences for `warn`; none for an ordinary run."""
-    found = []
+def notes(s: Settings, data: TrainingSet, device: str) -> list[str]:
+    """Sentences for `warn`; none for an ordinary run. `device`: "cpu" or "cuda", what is trained on here."""
+    found = [slow] if (slow := slow_operators(device)) else []
     t = s.training
     pairs = data.mirrored_pairs
     if pairs and s.noise.sigma_tn and (s.data.xflip or t.augment > 0):
@@ -18,7 +17,7 @@ def notes(s: Settings, data: TrainingSet) -> list[str]:
             f"{pairs:,} pairs of training images mirror each other, each with a noise of its own: under x-flips two"
             " noised observations of one picture; leave one of each pair out, or switch x-flips and augmentation off"
         )
-    if t.precision == "bf16" and t.device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    if t.precision == "bf16" and device == "cpu" and not bf16_on_cpu():
         found.append("precision bf16: this CPU has no bfloat16 units, so float32 is many times faster here")
     if s.noise.mode == "fresh" and s.noise.sigma_tn:
         found.append("noise.mode fresh: new noise at every draw undoes the method, its minimiser is plain EDM's")
