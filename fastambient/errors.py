@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FastambientError(Exception):
@@ -35,3 +36,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = [str(name) for name in known]
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     return f"; nearest: {', '.join(near)}" if near else f"; known: {', '.join(names)}"
+
+
+def nearest_beside(path: Path) -> str:
+    """``"; nearest: photos"``: what lies where `path`, which is not there, should, under names close to its own; ""
+    where nothing does."""
+    try:
+        names = sorted(there.name for there in path.parent.iterdir() if not there.name.startswith("."))
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return f"; nearest: {', '.join(str(path.with_name(name)) for name in near)}" if near else ""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastambient.errors import FastambientError, InputError
+from fastambient.errors import FastambientError, InputError, nearest_beside
 from fastambient.files import write_bytes
 
 GRID_NAME = "grid.png"  # the overview that may lie among the samples of a folder; never read as a sample
@@ -131,7 +131,7 @@ def load_pictures(path: Path) -> np.ndarray:
     if path.is_dir():
         return _load_folder(path)
     if not path.is_file():
-        raise InputError(f"{path} does not exist; expected a folder of PNG files or an .npz file")
+        raise InputError(f"{path} does not exist; expected a folder of PNG files or an .npz file{nearest_beside(path)}")
     if path.suffix.lower() != ".npz":
         raise InputError(f"{path} is neither a folder of PNG files nor an .npz file")
     return _load_npz(path)

@@ -441,3 +441,16 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path):
         command = [sys.executable, "-c", program, str(tmp_path / "set.npy"), str(tmp_path / "store")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert int(done.stdout) * 2**20 < 10**9
+
+
+def test_pictures_that_are_enlarged_are_counted(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate(((12, 20), (8, 20), (12, 12), (7, 7), (30, 30))):
+        colour = tuple(np.random.default_rng(i).integers(0, 256, 3).tolist())
+        Image.new("RGB", size, colour).save(tmp_path / "photos" / f"{i}.png")
+    for resolution, told in ((12, "2 of 5 images are smaller than 12 pixels and are enlarged"), (7, "")):
+        source = open_source(tmp_path / "photos", resolution=resolution)
+        prepare(source, tmp_path / f"{resolution}")
+        err = capsys.readouterr().err
+        assert told in err and ("enlarged" in err) == bool(told)
+    assert (open_source("digits", resolution=9).enlarged, open_source("digits").enlarged) == (1797, 0)

@@ -24,6 +24,7 @@ from source_checks import (
 
 from fastambient.data import is_store, open_source, prepare
 from fastambient.errors import InputError
+from fastambient.training.run import RunFolder
 
 
 def test_digits():
@@ -573,3 +574,16 @@ def test_fingerprints_see_what_is_outside_of_the_rows(tmp_path):
     (tmp_path / "a.png").unlink()
     with pytest.raises(InputError, match=r"a\.png cannot be read"):
         source.fingerprint(0, 1)
+
+
+def test_a_mistyped_name_gets_the_nearest_that_is_there(tmp_path):
+    for name in ("photos", "photos-2", "other"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=r"'.*photo' is no built-in .* exists; nearest: .*/photos, .*/photos-2$"):
+        open_source(tmp_path / "photo")
+    with pytest.raises(InputError, match=r"there is no run folder .*othr; nearest: .*/other$"):
+        RunFolder.existing(tmp_path / "othr")
+    with pytest.raises(InputError, match=r"there is no run folder .*zzz$"):
+        RunFolder.existing(tmp_path / "zzz")
+    with pytest.raises(InputError, match="known: digits"):
+        open_source(tmp_path / "nowhere" / "zzz")

@@ -196,6 +196,10 @@ def _break(what: str, folders) -> list[str]:
     if what == "other size":
         _folder(Path("large"), textures(5, 1, size=20))
         return ["--samples", "large", *usual]
+    if what == "other size than the store":
+        prepare(open_source("train"), "store", train=50, holdout=10, noise_seed=1)
+        _folder(Path("small"), textures(5, 1, size=8))
+        return ["--samples", "small", "--train", "store", "--features", "none"]
     if what == "held-out trained":
         save_png(Path("holdout") / "x.png", train[3])
         return ["--samples", "samples", *usual, "--holdout", "holdout"]
@@ -217,7 +221,11 @@ def _break(what: str, folders) -> list[str]:
         ("empty folder", "empty"),
         ("corrupt", "0007.png cannot be read"),
         ("mixed sizes", "0050.png is 17 x 17 pixels"),
-        ("other size", "--samples large has pictures of 20x20, --train train of 16x16; pass --resolution R"),
+        ("other size", "--samples large has pictures of 20x20, --train train of 16x16; pass --resolution 16 to"),
+        (
+            "other size than the store",
+            "--samples small has pictures of 8x8, --train store of 16x16; pass --resolution 16 to",
+        ),
         ("held-out trained", "1 held-out images are training images"),
         ("held-out flipped", "1 held-out images are training images or their mirror images"),
         ("one sample", "1 samples, expected at least 2"),

@@ -55,6 +55,7 @@ class Arrays(Source):
         super().__init__(name, length=length, channels=channels, resolution=resolution or width)
         self.num_classes = 0 if labels is None else check_labels(labels, where)
         self._rows, self._labels = rows, labels
+        self.looked_at, self.enlarged = length, length if min(height, width) < self.resolution else 0
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         start, stop = self._span(start, stop)

@@ -70,6 +70,7 @@ class Source:
     default_train : how many pictures train when the user does not say; None means all but a tenth
     text_kinds : kinds of text that images have, such as ("txt", "json"); () without
     skipped : name -> reason of every picture left out so far, in this process
+    enlarged, looked_at : how many of the pictures whose size is known have a shorter side below the resolution
     """
 
     def __init__(self, name: str, *, channels: int = 1, resolution: int = 0, length: int = 0) -> None:
@@ -79,6 +80,7 @@ class Source:
         self.default_train: int | None = None
         self.text_kinds: tuple[str, ...] = ()
         self.skipped: dict[str, str] = {}
+        self.enlarged, self.looked_at = 0, 0
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         """Yield rows start .. stop - 1 (by default all) in order; a skipped row is not yielded.
@@ -163,6 +165,10 @@ class EncodedSource(Source):
             warn(f"skipped: {where} {error}")
         self.skipped[name] = str(error)
 
+    def _note_size(self, size: tuple[int, int]) -> None:
+        self.looked_at += 1
+        self.enlarged += min(size) < self.resolution
+
     def _look(self, spans: Iterable[tuple[int, int]]) -> None:
         """Set channels and resolution from the headers of the rows of `spans`."""
         found: list[tuple[int, int]] = []
@@ -174,6 +180,7 @@ class EncodedSource(Source):
                     self._bad(entry.name, entry.where, error)
                     continue
                 found.append(size)
+                self._note_size(size)
                 self.channels = self.channels if grey else 3
                 if self._own_size:
                     check_size(size, found[0], entry.where)

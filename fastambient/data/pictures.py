@@ -71,6 +71,7 @@ class Pictures(EncodedSource):
                 size = size or header[0]
                 if self._own_size:
                     check_size(header[0], size, files.where(name))
+                self._note_size(header[0])
                 self.channels = self.channels if header[1] else 3
                 self._names.append(name)
         if size is None:

@@ -101,6 +101,13 @@ def prepare(
     if request.dedup is None:
         request = replace(request, dedup="keep" if source.resolution >= MIN_RESOLUTION else "off")
     _check(out, request, force=force)
+    if source.enlarged:
+        of = f"{source.enlarged:,} of {source.looked_at:,} images"
+        looked = " that were looked at" if source.looked_at < source.length else ""
+        warn(
+            f"{of}{looked} are smaller than {source.resolution} pixels and are enlarged, which adds no detail: choose a"
+            " smaller resolution, or leave them out"
+        )
     try:
         with resumable_folder(out, force=force, keep=has_progress) as (work, new):
             if not request.hand_out:

@@ -49,7 +49,7 @@ from fastambient.data.decode import MAX_PIXELS
 from fastambient.data.items import MAX_CLASSES, ON_BAD_IMAGE, Item, Source, is_hidden
 from fastambient.data.pictures import Pictures, is_image_name
 from fastambient.data.tars import Tars
-from fastambient.errors import InputError, data_option, did_you_mean
+from fastambient.errors import InputError, data_option, did_you_mean, nearest_beside
 
 __all__ = ["MAX_CLASSES", "ON_BAD_IMAGE", "Item", "Source", "open_source"]
 
@@ -89,7 +89,7 @@ def open_source(spec: str | os.PathLike[str], *, resolution: int | None = None, 
                 return _open_shards(Path(spec).name, expand(str(spec)), resolution, on_bad_image)
             if re.match(r"\w+://|pipe:", str(spec)):
                 raise InputError(f"{spec} is a URL; sources are read from files: download it first")
-            hint = did_you_mean(str(spec), ["digits"])
+            hint = nearest_beside(path) or did_you_mean(str(spec), ["digits"])
             if re.fullmatch(r"[\w.-]+/[\w.-]+", str(spec)) and not path.parent.exists():
                 hint = (
                     f"; a data set of the Hugging Face hub is downloaded first: hf download {spec} --repo-type dataset"

@@ -154,9 +154,11 @@ def _alike(sets: dict[str, np.ndarray], named: dict[str, str], resolution: int |
     for option, images in sets.items():
         if images.shape[-2:] != first:
             size, wanted = (f"{w}x{h}" for h, w in (images.shape[-2:], first))
+            stored = next((s for s in ("--train", "--holdout") if s in sets and is_store(named[s])), None)
+            side = sets[stored].shape[-1] if stored else min(images.shape[-1], first[-1])  # a store has its size
             raise InputError(
                 f"{option} {named[option]} has pictures of {size}, --train {named['--train']} of {wanted}; pass"
-                f" --resolution R, such as --resolution {min(images.shape[-1], first[-1])}, to bring all to one size"
+                f" --resolution {side} to bring all to one size"
             )
     channels = {images.shape[1] for images in sets.values()}
     if len(channels) == 1:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastambient import models
 from fastambient.diffusion.edm import EDMDenoiser
-from fastambient.errors import FastambientError, InputError
+from fastambient.errors import FastambientError, InputError, nearest_beside
 from fastambient.files import write_bytes
 from fastambient.sampling.settings import SamplingSettings, check_sampling
 
@@ -64,7 +64,7 @@ def weights_file(path: Path) -> Path:
                 f"{path.parent} holds no model.safetensors; train it first, or wait for its first checkpoint"
             )
     if not path.is_file():
-        raise InputError(f"there is no run or weights file {path}")
+        raise InputError(f"there is no run or weights file {path}{nearest_beside(path)}")
     return path
 
 

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from fastambient.data.store import Store
 from fastambient.data.streaming import ShardStream
-from fastambient.errors import InputError
+from fastambient.errors import InputError, nearest_beside
 from fastambient.files import remove_leftovers, sha256_file, write_bytes
 from fastambient.training.config import Settings, check, read_yaml
 from fastambient.training.data import open_stream
@@ -71,7 +71,7 @@ class RunFolder:
         """The run at `path`; InputError where there is none."""
         run = cls(path)
         if not path.is_dir():
-            raise InputError(f"there is no run folder {path}")
+            raise InputError(f"there is no run folder {path}{nearest_beside(path)}")
         if not run.config.is_file():
             raise InputError(f"{path} is no run folder: it holds no config.yaml")
         return run
