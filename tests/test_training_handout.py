@@ -13,7 +13,7 @@ from fastambient.data.mixed import HandOutRows
 from fastambient.diffusion.edm import draw_sigma
 from fastambient.errors import InputError
 from fastambient.evaluation.run import evaluate_run
-from fastambient.sampling import load
+from fastambient.sampling import load, write_samples
 from fastambient.sampling.plan import chosen_settings
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
@@ -185,4 +185,10 @@ def test_classes_must_mean_the_same(tmp_path, stores):
 
 def test_what_an_ambient_run_says_of_its_draws(tmp_path, stores, capsys):
     start(run_of(tmp_path, stores, clean=False))
-    assert "all draws are in the ambient regime, as asked for" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "all draws are in the ambient regime, as asked for" in err
+    told = "on alone: its samples stop at that level and are denoised once from there"
+    assert told in err.splitlines()[-2] and "held-out images" not in err
+    run = next(path for path in tmp_path.iterdir() if (path / "model.safetensors").is_file())
+    write_samples(run, [0], tmp_path / "x.npz")
+    assert told in capsys.readouterr().err

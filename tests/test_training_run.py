@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_run, read_stats, train_here
+from conftest import TINY, make_run, read_stats, train_here
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import open_source
+from fastambient.data.store import Store
 from fastambient.errors import FastambientError, InputError
 from fastambient.evaluation.run import evaluate_run
 from fastambient.pictures import grid
@@ -354,6 +355,41 @@ def test_a_store_that_was_moved_is_missed_and_named_anew(tmp_path):
     train_here(own)
     (own / "store").rename(tmp_path / "elsewhere")
     assert evaluate_run(own, num=2, data=tmp_path / "elsewhere").metrics["counts"]["train"] == 100
+
+
+def test_a_store_is_verified_once(tmp_path, monkeypatch):
+    """By the plan of a new run; by the loop of a resumed one, and of what was prepared into the run folder."""
+    verified, opened = [], Store.open
+
+    def spy(path, *, verify=True):
+        verified.extend([Path(path).name] * verify)
+        return opened(path, verify=verify)
+
+    prepare(open_source("digits"), tmp_path / "a", sigma_tn=0.3, train=20, holdout=4)
+    monkeypatch.setattr(Store, "open", staticmethod(spy))
+    options = {"training": {"kimg": 0.016, "batch": 8, "checkpoint_kimg": 0.008, "sample_kimg": 0, "device": "cpu"}}
+    request = TrainRequest(data=str(tmp_path / "a"), assignments=TINY, options=options)
+    new(request, tmp_path / "run")
+    assert verified == ["a"]
+    train_here(tmp_path / "run", resume=True)
+    assert verified == ["a", "a"]
+    damaged = tmp_path / "a" / "train" / "ids.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    for use in (lambda: new(request, tmp_path / "other"), lambda: train_here(tmp_path / "run", resume=True)):
+        with pytest.raises(InputError, match=r"ids\.npy has another checksum"):
+            use()
+    assert not (tmp_path / "other").exists()
+    new(TrainRequest(data="digits", assignments=TINY, options=options), tmp_path / "own")
+    assert verified[4:] == ["store"]
+
+
+def test_a_store_without_held_out_images_is_a_warning_at_the_start(tmp_path, capsys):
+    for holdout in (0, 1, 2):
+        prepare(open_source("digits"), tmp_path / f"{holdout}", sigma_tn=0.3, train=20, holdout=holdout)
+        path = make_run(tmp_path / f"run-{holdout}", "training.kimg=0.008", data=str(tmp_path / f"{holdout}"))
+        capsys.readouterr()
+        train_here(path)
+        assert ("no copy rate can be told from chance" in capsys.readouterr().err) == (holdout < 2)
 
 
 def test_class_conditional_and_labels_dropped(tmp_path):

@@ -27,6 +27,19 @@ def chosen_settings(
     return chosen
 
 
+def ambient_message(noise: dict[str, Any]) -> str:
+    """What to expect of the samples of a model that learned the levels from sigma_tn on alone; "" for any other.
+
+    The sampler's last step goes from sigma_tn to 0 and gives D(x, sigma_tn), the mean of what may lie behind x.
+    """
+    if noise.get("regime") != "ambient" or not noise.get("sigma_tn"):
+        return ""
+    return (
+        f"trained from sigma_tn {noise['sigma_tn']:g} on alone: its samples stop at that level and are denoised once"
+        " from there, so they are averages without the detail that the noise hides"
+    )
+
+
 def guidance_weight(
     denoiser: EDMDenoiser,
     guidance: float | None = None,

@@ -15,7 +15,13 @@ from fastambient.errors import InputError
 from fastambient.files import check_parent, new_folder
 from fastambient.pictures import GRID_NAME, grid, save_png
 from fastambient.sampling.draw import sample
-from fastambient.sampling.plan import chosen_settings, class_number, evaluations_message, guidance_weight
+from fastambient.sampling.plan import (
+    ambient_message,
+    chosen_settings,
+    class_number,
+    evaluations_message,
+    guidance_weight,
+)
 from fastambient.sampling.weights import load
 
 _GRID_LIMIT = 100  # pictures in the overview
@@ -68,6 +74,8 @@ def write_samples(
     weight = guidance_weight(denoiser, guidance, guide, guidance_interval)
     number = None if class_index is None else class_number(denoiser, class_index)
     plan = evaluations_message(settings, guided=weight != 1)
+    if told := ambient_message(denoiser.metadata.get("noise", {})):
+        say(told)
     if weight != 1:
         say(f"guidance {weight:g} asks twice at every noise level{' it guides' if guidance_interval else ''}: {plan}")
     with progress(f"sampling, {plan}", len(seeds)) as advance:

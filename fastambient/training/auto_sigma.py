@@ -108,7 +108,7 @@ def choose_sigma_tn(request: Any, out: Path) -> Choice:
     say(f"--sigma-tn auto: a pilot run of plain EDM, {kimg:g} kimg, for the denoising gap per noise level")
     short = [f"training.kimg={kimg}", f"training.checkpoint_kimg={kimg}"]
     try:
-        start(create_run(plan(replace(pilot, assignments=[*pilot.assignments, *short])), folder))
+        start(create_run(plan(replace(pilot, assignments=[*pilot.assignments, *short]), verify=False), folder))
         run = RunFolder(folder)
         store = run.open_store(verify=False)
         denoiser = load(run.weights, device=whole.settings.training.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastambient.console import progress
+from fastambient.console import progress, warn
 from fastambient.data.mixed import HandOutRows
 from fastambient.data.rows import Rows, StoreRows
 from fastambient.data.store import Store
@@ -45,11 +45,11 @@ def check_hand_out(settings: Settings, store: Store) -> None:
         raise InputError("training.augment_ambient reference needs clean images, which a hand-out has not")
 
 
-def open_clean(settings: Settings) -> Store | None:
+def open_clean(settings: Settings, *, verify: bool = True) -> Store | None:
     """The store of clean images beside a hand-out. InputError where it is none."""
     if settings.data.clean is None:
         return None
-    clean = Store.open(settings.data.clean)
+    clean = Store.open(settings.data.clean, verify=verify)
     if clean.hand_out:
         raise InputError(f"--clean {clean.path} was handed out, too: it holds no clean image")
     return clean
@@ -140,3 +140,22 @@ def measure_sigma_data(stream: ShardStream, images: int = 10_000) -> float:
     if not deviation > 1e-6:
         raise InputError(f"the first {count:,} images of {stream.name} are all of one colour")
     return deviation
+
+
+def use_noise(store: Store, settings: Settings) -> None:
+    """Put the level of a run that trains with the store's own noise seed on record; a warning where it is not the only
+    one, or where nobody knows."""
+    n = settings.noise
+    if n.mode != "fixed" or not n.sigma_tn:
+        return
+    others = store.use_noise_at(n.sigma_tn)
+    if others is None and n.sigma_tn == store.sigma_tn:
+        return  # of an older program, at the level that it was prepared for
+    if others or others is None:
+        told = "may have noised" if others is None else "has noised"
+        levels = "another sigma_tn" if others is None else ", ".join(f"{level:g}" for level in others)
+        warn(
+            f"the noise seed of {store.path} {told} its images at {levels}, too, and who has an image noised at"
+            f" {n.sigma_tn:g} and at another level has the image: give runs at several levels a --noise-seed each (64"
+            " random bits), or a store each"
+        )

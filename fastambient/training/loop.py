@@ -31,6 +31,7 @@ from fastambient.models.blocks import compile_blocks, recompute_levels
 from fastambient.nvml import open_gpu
 from fastambient.pictures import grid, save_png
 from fastambient.sampling import SamplingSettings, export, sample
+from fastambient.sampling.plan import ambient_message
 from fastambient.training import checkpoint
 from fastambient.training.audits import Auditor, check_audits, excess
 from fastambient.training.clock import crosses
@@ -117,7 +118,8 @@ def no_automatic_collection() -> Iterator[None]:
 class Trainer:
     """Everything a run holds in memory, and how it goes to disk and back."""
 
-    def __init__(self, run: RunFolder, world: World) -> None:
+    def __init__(self, run: RunFolder, world: World, *, planned: bool = False) -> None:
+        """planned : `plan` has just opened the run's data, and verified a store that lies outside of the run"""
         self.run, self.world = run, world
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -128,8 +130,11 @@ class Trainer:
             check_audits(settings, None)
             self.data = stream_set(run.open_stream())
         else:
-            store = run.open_store(verify=world.first)
-            self.data = store_set(settings, store, run.open_clean(), noise_seed)
+            # Once, before an image is used: by the plan of a new run, here of a resumed one. What was prepared into the
+            # run folder is read back here for the first time.
+            verify = world.first and (not planned or run.store.is_dir())
+            store = run.open_store(verify=verify)
+            self.data = store_set(settings, store, run.open_clean(verify=verify), noise_seed)
             if settings.training.audit_kimg:
                 self.auditor = Auditor(run, settings, store, world)
         t = settings.training
@@ -338,6 +343,8 @@ class Trainer:
             self.monitor.close()
             done = "finished" if not self.copying else "stopped when copying, at"
             say(f"{done} {self.nimg / 1000:g} kimg in {duration(self.seconds)}: {self.run.weights}")
+            if told := ambient_message(self.settings.tree()["noise"]):
+                say(told)
             predicted = self.predicted_memory
             of_the_run = "" if predicted is None else f"; {predicted / 2**30:.2f} GiB were predicted for the run's own"
             whole = "of the GPU" if world.device.type == "cuda" else "of the process with its libraries"
@@ -356,14 +363,15 @@ class Trainer:
 
 
 def train(path: Path, world: World, *, resume: bool) -> None:
-    """Train the run folder `path` on this rank, from its newest checkpoint if `resume`.
+    """Train the run folder `path` on this rank: one that `plan` and `create_run` have just made, or, if `resume`, from
+    its newest checkpoint.
 
     Raises
     ------
     Interrupted : a signal stopped it, after a checkpoint
     InputError, FastambientError : see the parts
     """
-    trainer = Trainer(RunFolder(path), world)
+    trainer = Trainer(RunFolder(path), world, planned=not resume)
     s, n = trainer.settings, trainer.settings.noise
     resumed = resume and trainer.restore()
     if world.first:

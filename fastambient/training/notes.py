@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastambient.data.store import is_store
 from fastambient.system import bf16_on_cpu, slow_operators
 from fastambient.training.config import Settings
 from fastambient.training.data import TrainingSet
@@ -10,7 +11,13 @@ from fastambient.training.data import TrainingSet
 def notes(s: Settings, data: TrainingSet, device: str) -> list[str]:
     """Sentences for `warn`; none for an ordinary run. `device`: "cpu" or "cuda", what is trained on here."""
     found = [slow] if (slow := slow_operators(device)) else []
-    t = s.training
+    t, d = s.training, s.data
+    handed_out = d.clean is not None or s.noise.regime == "ambient"
+    if is_store(d.source) and not handed_out and not d.stream and (d.holdout or 0) < 2:
+        found.append(
+            f"{d.source} holds {d.holdout or 'no'} held-out images: evaluate needs 2, and without them no copy rate can"
+            " be told from chance; prepare it with a larger --holdout first"
+        )
     pairs = data.mirrored_pairs
     if pairs and s.noise.sigma_tn and (s.data.xflip or t.augment > 0):
         found.append(

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from fastambient import models
-from fastambient.console import say, warn
+from fastambient.console import say
 from fastambient.data.dali import need_dali
 from fastambient.data.downloads import is_url
 from fastambient.data.loaders import ReadError, choose
@@ -32,7 +32,7 @@ from fastambient.training import checkpoint
 from fastambient.training.audits import check_audits
 from fastambient.training.auto_sigma import choose_sigma_tn
 from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
-from fastambient.training.data import check_hand_out, measure_sigma_data, open_clean, open_stream, store_set
+from fastambient.training.data import check_hand_out, measure_sigma_data, open_clean, open_stream, store_set, use_noise
 from fastambient.training.distributed import (
     World,
     inside_launcher,
@@ -71,8 +71,10 @@ class Plan:
     clean: Store | None = None  # beside a hand-out
 
 
-def plan(request: TrainRequest) -> Plan:
+def plan(request: TrainRequest, *, verify: bool = True) -> Plan:
     """Open the data and settle every setting; nothing is written.
+
+    verify : check every file of a store; False where it was done just now
 
     Raises
     ------
@@ -100,7 +102,7 @@ def plan(request: TrainRequest) -> Plan:
         _check_stream(early)
         data = open_stream(early)
     elif is_store(d.source):
-        data = Store.open(d.source)
+        data = Store.open(d.source, verify=verify)
         wanted = {"resolution": data.resolution, "train": len(data.train), "holdout": len(data.holdout)}
         for name, there in wanted.items():
             asked = getattr(d, name)
@@ -116,7 +118,7 @@ def plan(request: TrainRequest) -> Plan:
         settings = _agree_with_store(settings, data, asked_sigma_tn=early.noise.sigma_tn, noise_seed=request.noise_seed)
         check(settings)
         check_hand_out(settings, data)
-        clean = open_clean(settings)
+        clean = open_clean(settings, verify=verify)
         store_set(settings, data, clean, noise_seed=0)
     elif d.clean is not None or settings.noise.regime == "ambient":
         raise InputError("--clean and --regime ambient are for a store that was handed out (prepare --hand-out)")
@@ -223,7 +225,7 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
             else:
                 seed = store.noise_seed if plan.noise_seed is None else plan.noise_seed
             if not store.hand_out and seed == store.noise_seed:
-                _use_noise(store, plan.settings)
+                use_noise(store, plan.settings)
             source = str(store.path.resolve())
             sides, sigma_data = (len(store.train), len(store.holdout)), store.sigma_data
         elif isinstance(plan.data, ShardStream):
@@ -239,7 +241,7 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
             check_audits(plan.settings, store)
             run.pin_store(store)
             seed = store.noise_seed
-            _use_noise(store, plan.settings)
+            use_noise(store, plan.settings)
             source = d.source if not Path(d.source).exists() else str(Path(d.source).resolve())
             sides, sigma_data = (len(store.train), len(store.holdout)), store.sigma_data
         filled: dict[str, dict[str, Any]] = {
@@ -258,25 +260,6 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
         run.write_settings(plan.settings.with_values(filled, where="data"))
         run.write_noise_seed(seed)
     return out
-
-
-def _use_noise(store: Store, settings: Settings) -> None:
-    """Put the level of a run that trains with the store's own noise seed on record; a warning where it is not the only
-    one, or where nobody knows."""
-    n = settings.noise
-    if n.mode != "fixed" or not n.sigma_tn:
-        return
-    others = store.use_noise_at(n.sigma_tn)
-    if others is None and n.sigma_tn == store.sigma_tn:
-        return  # of an older program, at the level that it was prepared for
-    if others or others is None:
-        told = "may have noised" if others is None else "has noised"
-        levels = "another sigma_tn" if others is None else ", ".join(f"{level:g}" for level in others)
-        warn(
-            f"the noise seed of {store.path} {told} its images at {levels}, too, and who has an image noised at"
-            f" {n.sigma_tn:g} and at another level has the image: give runs at several levels a --noise-seed each (64"
-            " random bits), or a store each"
-        )
 
 
 def start(path: Path, *, resume: bool = False, ranks: int | None = None, device: str | None = None) -> None:
@@ -362,7 +345,7 @@ def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None
             options = {k: dict(v) for k, v in (request.options or {}).items()}
             options.setdefault("noise", {})["sigma_tn"] = choice.sigma_tn
             request = replace(request, options=options, auto_sigma_tn=False)
-        create_run(plan(request), out, force=force)
+        create_run(plan(request, verify=choice is None), out, force=force)
         if choice is not None:
             choice.write(out)
         start(out)
