@@ -77,6 +77,12 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
+def keep_out_of_git(folder: Path) -> None:
+    """A ``.gitignore`` of everything in `folder`: private pictures, or weights that may hold them, are not committed by
+    accident. Who wants them committed deletes it."""
+    write_bytes(folder / ".gitignore", b"# pictures and weights may be private; delete this file to commit them\n*\n")
+
+
 @contextmanager
 def new_folder(path: Path, *, force: bool = False, marker: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it becomes `path` when the block ends without an error, and vanishes

@@ -65,7 +65,13 @@ def test_manifest(tmp_path, source):
     assert manifest["split"] == {"seed": 3, "train": 54, "holdout": 6, "duplicates": 0, "mirrored_pairs": 0}
     on_disk = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
     sides = {f"{side}/{name}.npy" for side in ("train", "holdout") for name in ("images-00000", "ids", "labels")}
-    assert set(manifest["files"]) == sides and on_disk == {*sides, "manifest.json", "noise_seed", "noise_levels"}
+    assert set(manifest["files"]) == sides and on_disk == {
+        *sides,
+        "manifest.json",
+        "noise_seed",
+        "noise_levels",
+        ".gitignore",
+    }
     for name, entry in manifest["files"].items():
         assert entry == {"bytes": (store.path / name).stat().st_size, "sha256": sha256_file(store.path / name)}
 

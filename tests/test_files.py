@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import subprocess
 
+import pytest
+from conftest import make_run, train_here
+
+from fastambient.data import open_source, prepare
 from fastambient.errors import InputError
 from fastambient.files import check_parent, new_folder
+from fastambient.sampling import write_samples
 
 
 def make(path, **options):
@@ -47,3 +52,17 @@ def test_where_no_file_can_be_made(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=f"{tmp_path} is not writable"):
         check_parent(tmp_path / "new" / "x.npz")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_stores_runs_and_samples_are_not_committed_by_accident(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "core.excludesFile="]
+    subprocess.run([*git, "init", "-q"], check=True)
+    prepare(open_source("digits"), tmp_path / "store", sigma_tn=0.3, train=10, holdout=2)
+    run = make_run(tmp_path / "run", "training.kimg=0.008", "training.checkpoint_kimg=0.008")
+    train_here(run)
+    write_samples(run, [0], tmp_path / "samples")
+    seen = subprocess.run([*git, "status", "--porcelain", "-uall"], check=True, capture_output=True, text=True).stdout
+    assert seen == ""
+    prepare(open_source("digits"), tmp_path / "handout", sigma_tn=0.3, noisy="float16", hand_out=True)
+    seen = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+    assert seen == "?? handout/\n", "what is made to be handed out may be"

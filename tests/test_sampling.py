@@ -287,11 +287,11 @@ def test_classes_go_by_name_and_by_number(tmp_path):
 def test_files_and_refusals(tmp_path):
     model = weights(tmp_path / "model.safetensors")
     out = write_samples(tmp_path, [0, 5], tmp_path / "s")  # a folder with model.safetensors is enough
-    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "seed000000000.png", "seed000000005.png"]
+    assert sorted(p.name for p in out.iterdir()) == [".gitignore", "grid.png", "seed000000000.png", "seed000000005.png"]
     with pytest.raises(InputError, match="not empty"):
         write_samples(model, [0], tmp_path / "s")
     write_samples(model, [3], tmp_path / "s", force=True)
-    assert len(list(out.iterdir())) == 2, "--force replaces the folder"
+    assert len(list(out.iterdir())) == 3, "--force replaces the folder"
     npz = write_samples(model, [0, 5], tmp_path / "x.npz")
     with np.load(npz, allow_pickle=False) as file:
         assert file["images"].shape == (2, 1, 8, 8) and file["seeds"].tolist() == [0, 5]

@@ -32,7 +32,7 @@ from fastambient.data.split import MIN_SIDE, split
 from fastambient.data.store import FORMAT, NOISY, VERSION, Store, is_store
 from fastambient.data.text import line_offsets, write_texts
 from fastambient.errors import FastambientError, InputError, check_seed
-from fastambient.files import refuse_existing, resumable_folder, sha256_file, write_bytes, write_json
+from fastambient.files import keep_out_of_git, refuse_existing, resumable_folder, sha256_file, write_bytes, write_json
 
 SHARD_BYTES = 256 << 20
 DEDUP = ("off", "keep", "drop")
@@ -121,6 +121,8 @@ def prepare(
                 shutil.copy2(work / "noise_seed", new / "noise_seed")  # with its rights from the first byte on
                 levels = "" if request.noisy == "none" else f"{request.sigma_tn!r}\n"
                 write_bytes(new / "noise_levels", levels.encode())
+            if not request.hand_out:
+                keep_out_of_git(new)
             write_json(new / "manifest.json", manifest)
     except OSError as error:
         raise FastambientError(

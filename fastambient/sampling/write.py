@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastambient.console import progress, say
 from fastambient.errors import InputError
-from fastambient.files import check_parent, new_folder
+from fastambient.files import check_parent, keep_out_of_git, new_folder
 from fastambient.pictures import GRID_NAME, grid, save_png
 from fastambient.sampling.draw import sample
 from fastambient.sampling.plan import (
@@ -99,6 +99,7 @@ def write_samples(
             for seed, picture in zip(seeds, drawn, strict=True):
                 save_png(folder / f"seed{seed:09d}.png", picture)
             save_png(folder / GRID_NAME, grid(drawn[:_GRID_LIMIT]))
+            keep_out_of_git(folder)
     return out
 
 

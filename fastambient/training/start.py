@@ -26,7 +26,7 @@ from fastambient.data.store import Store, is_store
 from fastambient.data.streaming import ShardStream
 from fastambient.diffusion.ambient import share_message
 from fastambient.errors import FastambientError, InputError, check_seed
-from fastambient.files import new_folder, refuse_existing
+from fastambient.files import keep_out_of_git, new_folder, refuse_existing
 from fastambient.processes import die_with_parent
 from fastambient.training import checkpoint
 from fastambient.training.audits import check_audits
@@ -259,6 +259,7 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
         }
         run.write_settings(plan.settings.with_values(filled, where="data"))
         run.write_noise_seed(seed)
+        keep_out_of_git(folder)
     return out
 
 
