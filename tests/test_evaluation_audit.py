@@ -268,7 +268,7 @@ def test_samples_that_look_like_nothing_are_said_to_be_no_evidence(folders, caps
     *_, told, last = capsys.readouterr().out.splitlines()
     assert told.startswith("0.0 % of samples are copies")
     assert told.endswith(
-        "Precision is 0.00 and coverage is 0.00 (pixel): hardly a sample looks like a real image, so a low copy rate"
+        "Precision is 0.00 and coverage is 0.00 (pixels): hardly a sample looks like a real image, so a low copy rate"
         " says nothing here."
     )
     assert last == "written: audit-report.html, audit.json" and found.page.is_file() and found.file.is_file()

@@ -426,9 +426,9 @@ def test_the_files_of_the_page_have_no_carriage_return():
 @pytest.mark.parametrize(
     ("precision", "coverage", "copies", "words"),
     [
-        (0.02, 0.5, 4, "Precision is 0.02 and coverage is 0.50 (pixel): hardly a sample looks like a real image"),
-        (0.8, 0.01, 4, "Precision is 0.80 and coverage is 0.01 (pixel): the samples look like few of the real ones"),
-        (None, 0.01, 4, "Coverage is 0.01 (pixel): the samples look like few"),
+        (0.02, 0.5, 4, "Precision is 0.02 and coverage is 0.50 (pixels): hardly a sample looks like a real image"),
+        (0.8, 0.01, 4, "Precision is 0.80 and coverage is 0.01 (pixels): the samples look like few of the real ones"),
+        (None, 0.01, 4, "Coverage is 0.01 (pixels): the samples look like few"),
         (0.8, 0.5, 4, ""),
         (0.1, 0.5, 4, ""),
         (0.02, 0.01, 50, ""),  # half of the samples are copies: no low rate to doubt
@@ -451,3 +451,22 @@ def test_few_samples_cover_little_without_doubt():
     assert report_figures.doubt(few.metrics) == ""
     q["coverage"] = 0.004
     assert "coverage is 0.00" in report_figures.doubt(_with(few, quality=[q]).metrics)
+
+
+def test_the_contents_lead_to_what_is_there(page, tmp_path):
+    plain = _read(tmp_path, checks.run("m", 0.2, 4, logs=False))[1]
+    for parsed, more in ((page[1], ["#timeline"]), (plain, [])):
+        links = [a["href"] for tag, a in parsed.tags if tag == "a" and "class" not in a]
+        assert links == ["#figures", "#gallery", "#samples", *more, "#method"]
+        assert {link[1:] for link in links} <= {a.get("id") for _, a in parsed.tags}
+
+
+def test_a_distance_in_pixels_is_told_once():
+    run = checks.run("m", 0.2, 4)
+    q = {**run.metrics["quality"][0], "embedder": "pixel"}
+    similar = {**run.metrics["similarity"], "embedder": "pixel"}
+    rows = report_figures.figures(_with(run, quality=[q], similarity=similar).metrics)
+    assert [(r.space, r.value) for r in rows if r.name.startswith("FD-")] == [("pixels", "1.23")]
+    assert {r.space for r in rows if r.section == "Quality"} == {"pixels"}
+    (told,) = (r.meaning for r in rows if r.name == "Similarity above 0.95")
+    assert told.endswith("above 0.95. Small pictures of one kind reach it in pixels without being copies.")

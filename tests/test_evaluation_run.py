@@ -14,6 +14,7 @@ from fastambient.data.sources import open_source
 from fastambient.errors import InputError
 from fastambient.evaluation import evaluate, metrics
 from fastambient.evaluation import run as evaluation_run
+from fastambient.evaluation.embedders import load_embedder
 from fastambient.evaluation.report import RunReport
 from fastambient.evaluation.run import Evaluated, evaluate_run
 from fastambient.evaluation.table import print_table
@@ -78,6 +79,16 @@ def test_fewer_held_out_than_training_images_are_compared_at_equal_counts(capsys
     assert "of 20 training and of 20 held-out" in out
     row = next(line for line in out.splitlines() if line.startswith(" edm "))
     assert row.split(")")[1].split()[0] == "0.0" and matched > 0, "the control's rate, of held-out images"
+
+
+def test_in_pixels_the_distance_stands_once_and_similarity_is_explained(capsys):
+    images, held_out = _noise_set(50, 1), _noise_set(80, 2)
+    found = evaluate(_noise_set(100, 3), images, held_out, embedder=load_embedder("pixel"), settings={})
+    print_table([Evaluated(found.metrics, RunReport("m", 0.2, found), Path("metrics.json"), Path("report.html"))])
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("Similarity (pixel), samples with a cosine above"))
+    assert lines[at + 1].startswith("In pixels small pictures of one kind are that similar without being copies;")
+    assert not any(line.startswith("FD-") for line in lines)
 
 
 def test_enough_pictures_are_not_called_few(capsys):

@@ -104,7 +104,9 @@ def doubt(metrics: dict[str, Any]) -> str:
             both = {"precision": precision, "coverage": coverage}
             told = " and ".join(f"{name} is {value:.2f}" for name, value in both.items() if value is not None)
             what = "hardly a sample looks like a real image" if alien else "the samples look like few of the real ones"
-            return f"{told[:1].upper()}{told[1:]} ({q['embedder']}): {what}, so a low copy rate says nothing here."
+            return (
+                f"{told[:1].upper()}{told[1:]} ({_space(q['embedder'])}): {what}, so a low copy rate says nothing here."
+            )
     return ""
 
 
@@ -190,13 +192,14 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
     s = metrics.get("similarity")
     if not s:
         return []
-    space, rows = f"{s['embedder']}, cosine", []
+    space, rows = f"{_space(s['embedder'])}, cosine", []
+    alike = " Small pictures of one kind reach it in pixels without being copies." if s["embedder"] == "pixel" else ""
     for level in ("0.9", "0.95"):
         ci, control, excess = s.get(f"above_{level}_ci95"), s.get(f"holdout_above_{level}"), s.get(f"excess_{level}")
         rows += [
             Figure(
                 COPYING, f"Similarity above {level}", space,
-                f"Share of samples whose most similar training image has a cosine above {level}.",
+                f"Share of samples whose most similar training image has a cosine above {level}.{alike}",
                 _share(s.get(f"above_{level}")), interval(ci) if ci else "", "lower",
             ),
             Figure(
@@ -235,7 +238,7 @@ def _likeness(metrics: dict[str, Any]) -> list[Figure]:
         distance = m.get("distance")
         rows.append(
             Figure(
-                COPYING, "MiFID", m.get("embedder", ""),
+                COPYING, "MiFID", _space(m.get("embedder", "")),
                 "Frechet distance, made larger where samples lie too near to training images.",
                 _number(m.get("value")), "" if distance is None else f"mean cosine distance {number(distance)}",
                 "lower",
@@ -246,7 +249,7 @@ def _likeness(metrics: dict[str, Any]) -> list[Figure]:
         sides = [f.get("holdout"), f.get("train")]
         rows.append(
             Figure(
-                COPYING, "FLD gap", f.get("embedder", ""),
+                COPYING, "FLD gap", _space(f.get("embedder", "")),
                 "How much better the samples explain training than held-out images. Near 0 without copying.",
                 _number(f.get("gap")), "" if None in sides else " less ".join(map(_number, sides)), "lower",
             )
@@ -258,12 +261,14 @@ def _quality(metrics: dict[str, Any]) -> list[Figure]:
     rows = []
     for q in metrics.get("quality") or ():
         for name, value in (q.get("figures") or {}).items():
+            if q["embedder"] == "pixel" and name.startswith("FD"):
+                continue  # the same number as the distance in pixels below, which has the training set's beside it
             deviation = q.get("kid_std") if name.startswith("KID") else None
             better, meaning = _QUALITY.get(name.split("-")[0].lower(), ("", ""))
             beside = "" if deviation is None else f"\N{PLUS-MINUS SIGN} {number(deviation)}"
             rows.append(
                 Figure(
-                    QUALITY, name[:1].upper() + name[1:], q["embedder"],
+                    QUALITY, name[:1].upper() + name[1:], _space(q["embedder"]),
                     meaning, _number(value), beside, better,
                 )
             )  # fmt: skip
@@ -277,7 +282,7 @@ def _quality(metrics: dict[str, Any]) -> list[Figure]:
         name = figure_name("FD", counts["samples"], "held-out", dimensions=f["dimensions"], references=held)
         rows.append(
             Figure(
-                QUALITY, name, "pixels" if space == "pixel" else space,
+                QUALITY, name, _space(space),
                 "Frechet distance to all held-out images. Beside it what the training images themselves reach: copies"
                 " reach it, too.",
                 _number(f["value"]), "" if own is None else f"training set {number(own)}", "lower",
@@ -311,6 +316,11 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     for q in metrics.get("quality") or ():
         found += [f"{q['embedder']}: {note}" for note in q.get("notes") or ()]
     return found
+
+
+def _space(embedder: str) -> str:
+    """What an embedder measures in, for people."""
+    return "pixels" if embedder == "pixel" else embedder
 
 
 def _share(value: float | None) -> str:

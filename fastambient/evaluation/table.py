@@ -110,14 +110,19 @@ def _features(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[s
         control = "" if s["holdout_above_0.95"] is None else f", held-out {_percent(s['holdout_above_0.95'])}"
         what = f"Similarity ({s['embedder']}), samples with a cosine above 0.95 to a training image"
         told.setdefault(what, []).append(f"{name} {_percent(s['above_0.95'])} ({low:.1f} - {high:.1f}{control})")
+        if s["embedder"] == "pixel":
+            told["In pixels small pictures of one kind are that similar without being copies; what exceeds the held-out"
+                 " share is copying"] = []  # fmt: skip
         for q in m["quality"]:
+            if q["embedder"] == "pixel":
+                continue  # the table has it
             figure, value = next(iter(q["figures"].items()))
             told.setdefault(f"{figure} ({q['embedder']})", []).append(f"{name} {_or_dash(value, '.4g')}")
         if m["fld"]:
             told.setdefault(
                 f"FLD's gap ({m['fld']['embedder']}), how much better samples explain training than held-out images", []
             ).append(f"{name} {m['fld']['gap']:.3g}")
-    return [f"{what}: {', '.join(each)}." for what, each in told.items()]
+    return [f"{what}: {', '.join(each)}." if each else f"{what}." for what, each in told.items()]
 
 
 def _percent(rate: float | None) -> str:
