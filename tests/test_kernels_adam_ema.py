@@ -19,6 +19,7 @@ IMPLS = ["reference", native]
 SHAPES = [(20000,), (3, 5, 3, 3), (1,), (), (511,), (513,), (7, 2)]
 BETAS = (0.9, 0.2)  # of the averages: either branch of lerp
 NEVER = 5  # this parameter never has a gradient
+LEAFED = (0, 2, 4, 6)  # these have bfloat16 leaves, where there are any
 GROUPS = [  # settings, and which parameters; betas take either branch of lerp
     ({"lr": 1e-2, "weight_decay": 0.1}, [0, 1]),
     ({"lr": 3e-3, "betas": (0.5, 0.99), "eps": 1e-6}, [2, 3, 4]),
@@ -70,12 +71,14 @@ def by_torch(kind, dtype, steps, *, bf16=False):
     return results(params, optimizer, emas)
 
 
-def by_us(kind, impl, steps, *, bf16=False, reload_at=None, device="cpu", **options):
+def by_us(kind, impl, steps, *, bf16=False, leafed=(), reload_at=None, device="cpu", **options):
+    """leafed: parameters whose gradient comes through a leaf, which must be the rounded parameter after each step"""
     params = [torch.nn.Parameter(p.detach().to(device)) for p in parameters(torch.float32)]
     decoupled = kind is torch.optim.AdamW
+    leaves = {params[i]: torch.nn.Parameter(params[i].detach().bfloat16()) for i in leafed}
 
     def make():
-        return AdamEMA(groups_of(params), decoupled_weight_decay=decoupled, emas=2, impl=impl, **options)
+        return AdamEMA(groups_of(params), decoupled_weight_decay=decoupled, emas=2, impl=impl, leaves=leaves, **options)
 
     optimizer = make()
     for step in range(steps):
@@ -85,14 +88,17 @@ def by_us(kind, impl, steps, *, bf16=False, reload_at=None, device="cpu", **opti
             optimizer.load_ema_state(old.ema_state())
         for i, p in enumerate(params):
             g = gradient(step, i, raw=True)
+            p = leaves.get(p, p)
             if bf16:
                 p.grad_dtype = None
             p.grad = None if g is None else (g.bfloat16() if bf16 else g).to(device)
         optimizer.step(ema_betas=BETAS)
         if step % 50 == 7:
-            assert optimizer.nonfinite == 3 * sum(p.grad is not None and p.grad.numel() > 3 for p in params)
+            grads = [leaves.get(p, p).grad for p in params]
+            assert optimizer.nonfinite == 3 * sum(g is not None and g.numel() > 3 for g in grads)
         else:
             assert optimizer.nonfinite == 0
+        assert all(torch.equal(leaf, p.bfloat16()) for p, leaf in leaves.items())
     return results(params, optimizer, optimizer.emas)
 
 
@@ -126,6 +132,13 @@ def test_200_steps(nan_filled, impl, kind):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bfloat16_gradients(nan_filled, impl):
     assert_gate(by_us(torch.optim.Adam, impl, 200, bf16=True), *oracle(torch.optim.Adam, 200, True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_leaves(nan_filled, impl):
+    """Masters of bfloat16 leaves beside parameters that have none."""
+    found = by_us(torch.optim.AdamW, impl, 200, bf16=True, leafed=LEAFED, reload_at=101)
+    assert_gate(found, *oracle(torch.optim.AdamW, 200, True))
 
 
 def plant(monkeypatch, fault):

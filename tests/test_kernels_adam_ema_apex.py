@@ -188,6 +188,9 @@ def test_what_is_missing_is_said(monkeypatch):
     assert isinstance(build_optimizer(nn.Linear(2, 2), TrainingSettings(optimizer="apex")), ApexAdamEMA)
     with pytest.raises(RuntimeError, match="float32 parameters"):
         ApexAdamEMA([nn.Parameter(torch.ones(2, dtype=torch.bfloat16))])
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="writes no leaves"):
+        ApexAdamEMA([p], leaves={p: torch.ones(2, dtype=torch.bfloat16)})
 
 
 def test_a_request_without_apex_is_refused_before_anything_is_written(monkeypatch):

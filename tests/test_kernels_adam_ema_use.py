@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from test_kernels_adam_ema import IMPLS, assert_gate, by_us, gradient, groups_of, oracle, parameters
+from test_kernels_adam_ema import IMPLS, LEAFED, assert_gate, by_us, gradient, groups_of, oracle, parameters
 
 from fastambient_kernels import AdamEMA, _native
 
@@ -150,6 +150,103 @@ def test_autograd_notices_the_step(impl):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     assert not optimizer.emas[0][0].requires_grad
+
+
+def master_and_leaf(*shape, **options):
+    p = torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(0)))
+    leaf = torch.nn.Parameter(torch.zeros(*shape, dtype=torch.bfloat16))
+    return p, leaf, AdamEMA([p], leaves={p: leaf}, emas=1, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_leaf_has_the_gradient_and_gets_the_rounded_parameter(impl):
+    """Bit for bit what a parameter without one makes of the same gradient; halves to even, overflow and NaN as torch."""
+    p, leaf, optimizer = master_and_leaf(600, impl=impl, lr=0.0)
+    assert torch.equal(leaf, p.bfloat16()), "from the beginning"
+    q = torch.nn.Parameter(p.detach().clone())
+    q.grad_dtype = None
+    plain = AdamEMA([q], emas=1, impl=impl, lr=0.0)
+    bits = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x00000001, 0x7FC00001, 0x7F800000], dtype=torch.int32)
+    for step in range(3):
+        if step == 2:  # as a resume does
+            with torch.no_grad():
+                p[:6] = q[:6] = bits.view(torch.float32)
+            assert leaf[0] != p[0].bfloat16()
+            optimizer.refresh()
+            assert torch.equal(leaf.view(torch.int16), p.bfloat16().view(torch.int16))
+        for o in (optimizer, plain):
+            o.param_groups[0]["lr"] = 1e-2 * (step < 2)
+        leaf.grad = torch.randn(600).bfloat16()
+        q.grad, p.grad = leaf.grad.clone(), torch.full((600,), math.nan)  # what is not the leaf's is not read
+        optimizer.step(ema_betas=(0.5,))
+        plain.step(ema_betas=(0.5,))
+        pairs = [(p, q), (optimizer.emas[0][0], plain.emas[0][0]), (leaf, q.bfloat16())]
+        pairs += [(optimizer.state[p][key], plain.state[q][key]) for key in plain.state[q]]
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(optimizer.grad_norm, plain.grad_norm)
+    assert optimizer.state_dict()["state"][0].keys() == plain.state_dict()["state"][0].keys()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_holds_of_parameters_holds_of_leaves(impl):
+    """Without a gradient they stay their parameter, rounded; zero_grad, autograd's versions, copies."""
+    p, leaf, optimizer = master_and_leaf(3, impl=impl, lr=0.1)
+    for change in (0.0, 1.0):
+        with torch.no_grad():
+            p.add_(change)
+        optimizer.step(ema_betas=(0.5,))
+        assert torch.equal(leaf, p.bfloat16()) and not optimizer.state
+    loss = (leaf * leaf).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step(ema_betas=(0.5,))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+    leaf.grad = torch.ones_like(leaf)
+    other = copy.deepcopy(optimizer)
+    optimizer.zero_grad()
+    assert leaf.grad is None and p.grad is None
+    ((q, twin),) = other.leaves.items()
+    assert q is other.param_groups[0]["params"][0] and twin is not leaf
+    twin.grad = torch.ones_like(twin)
+    other.step(ema_betas=(0.5,))
+    assert torch.equal(twin, q.bfloat16()) and not torch.equal(twin, leaf)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "leaf"),
+    [
+        (torch.zeros(4), torch.zeros(4)),
+        (torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.bfloat16)),
+        (torch.zeros(4), torch.zeros(5, dtype=torch.bfloat16)),
+        (torch.zeros(4, 3), torch.zeros(3, 4, dtype=torch.bfloat16).t()),
+    ],
+)
+def test_refuses_leaves_that_do_not_fit(parameter, leaf):
+    p = torch.nn.Parameter(parameter)
+    with pytest.raises(RuntimeError, match="a leaf is bfloat16 and its parameter float32"):
+        AdamEMA([p], leaves={p: leaf})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_refuses_a_leaf_whose_memory_was_replaced(impl):
+    _, leaf, optimizer = master_and_leaf(4, 3, impl=impl)
+    leaf.grad = torch.ones_like(leaf)
+    optimizer.step(ema_betas=(0.5,))
+    leaf.data = torch.zeros(3, 4, dtype=torch.bfloat16).t()
+    with pytest.raises(RuntimeError, match="memory layout"):
+        optimizer.step(ema_betas=(0.5,))
+
+
+def test_refuses_another_gradient_of_a_leaf():
+    if not _native.missing("adam_ema"):
+        _, leaf, optimizer = master_and_leaf(4, impl="native")
+        leaf.grad_dtype = None
+        leaf.grad = torch.ones(4)
+        with pytest.raises(RuntimeError, match="gradient of a leaf must be bfloat16"):
+            optimizer.step(ema_betas=(0.5,))
 
 
 def test_copies_and_pickles_hold_the_averages():
@@ -350,6 +447,13 @@ GPU_IMPLS = ["reference", "triton", "native"]
 @pytest.mark.parametrize("impl", GPU_IMPLS)
 def test_200_steps_on_a_gpu(impl, bf16, kind):
     assert_gate(by_us(kind, impl, 200, bf16=bf16, reload_at=101, device="cuda"), *oracle(kind, 200, bf16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_leaves_on_a_gpu(impl):
+    found = by_us(torch.optim.Adam, impl, 200, bf16=True, leafed=LEAFED, reload_at=101, device="cuda")
+    assert_gate(found, *oracle(torch.optim.Adam, 200, True))
 
 
 @pytest.mark.gpu

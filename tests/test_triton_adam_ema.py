@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_kernels_adam_ema import LAYOUTS, assert_gate, by_us, gradient, oracle, parameters, plant
+from test_kernels_adam_ema import LAYOUTS, LEAFED, assert_gate, by_us, gradient, oracle, parameters, plant
 
 from fastambient_kernels import AdamEMA, adam_ema_table, adam_ema_triton
 
@@ -26,6 +26,20 @@ def test_60_steps(nan_filled):
 @pytest.mark.parametrize(("kind", "bf16"), [(torch.optim.AdamW, False), (torch.optim.Adam, True)])
 def test_20_steps(nan_filled, kind, bf16):
     assert_gate(by_us(kind, "triton", 20, bf16=bf16), *oracle(kind, 20, bf16))
+
+
+def test_leaves(nan_filled):
+    found = by_us(torch.optim.Adam, "triton", 20, bf16=True, leafed=LEAFED, reload_at=11)
+    assert_gate(found, *oracle(torch.optim.Adam, 20, True))
+
+
+def test_a_leaf_that_is_not_aligned_uses_masks():
+    p = torch.nn.Parameter(torch.randn(adam_ema_triton.CHUNK))
+    leaf = torch.zeros(1 + len(p), dtype=torch.bfloat16)[1:]
+    optimizer = AdamEMA([p], leaves={p: leaf}, impl="triton")
+    leaf.grad = torch.randn(len(p)).bfloat16()
+    optimizer.step()
+    assert [launch.full for launch in optimizer._table.launches] == [False] and torch.equal(leaf, p.bfloat16())
 
 
 @pytest.mark.parametrize("fault", ["beta1", "decay", "average", "tail"])

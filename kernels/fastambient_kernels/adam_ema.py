@@ -13,11 +13,13 @@ For each parameter p with gradient g, state m, v and step t (t counts from 1), a
     v <- beta2 * v + (1 - beta2) * g^2
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     e_i <- b_i * e_i + (1 - b_i) * p
+    leaf <- p, rounded to bfloat16                   only where p has one, whose gradient is g then
 
 (Kingma and Ba, "Adam", arXiv 1412.6980, Algorithm 1; Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2.) The
 clean-up is EDM's (Karras et al., arXiv 2206.00364). One pass reads p, g, m, v, e and writes p, m, v, e: 36 bytes a
-parameter in float32 with one average. The gradient itself is not written. Sums of squares are float64 over fixed chunks
-in a fixed order, so that the norm does not depend on the number of threads. With max_norm a pass over g comes first.
+parameter in float32 with one average, and as many with a leaf, whose gradient is half as large. The gradient itself is
+not written. Sums of squares are float64 over fixed chunks in a fixed order, so that the norm does not depend on the
+number of threads. With max_norm a pass over g comes first.
 
 Interface
 ---------
@@ -38,7 +40,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastambient_kernels._registration import IMPLEMENTATIONS, choose
-from fastambient_kernels.adam_ema_table import CUDA_CHUNK, Table, Tensors, layout, run_cuda, run_native
+from fastambient_kernels.adam_ema_table import CUDA_CHUNK, Table, Tensors, check_leaf, run_cuda, run_native, settle
 
 GRAD_LIMIT = 1e5  # what an infinite gradient becomes
 
@@ -59,7 +61,7 @@ def adam_ema_reference(step: Step) -> tuple[Tensor, Tensor]:
     -------
     (norm of the cleaned gradients before clipping: float64 [], entries replaced: int64 [])
     """
-    params, grads, exp_avgs, exp_avg_sqs, steps, groups, emas = step.tensors
+    params, grads, exp_avgs, exp_avg_sqs, steps, groups, leaves, emas = step.tensors
     squares, nonfinite = _zeros(params[0].device)
     clean = []
     for p, g in zip(params, grads, strict=True):
@@ -74,6 +76,9 @@ def adam_ema_reference(step: Step) -> tuple[Tensor, Tensor]:
         clean = [g * scale for g in clean]
     for p, g, m, v, t, group in zip(params, clean, exp_avgs, exp_avg_sqs, steps, groups, strict=True):
         _adam(p, g, m, v, t, step.groups[group])
+    for p, leaf in zip(params, leaves, strict=True):
+        if leaf is not None:
+            leaf.copy_(p)
     for copies, beta in zip(emas, step.ema_betas, strict=True):
         for ema, p in zip(copies, params, strict=True):
             _average(ema, p, beta)
@@ -130,6 +135,8 @@ class AdamEMA(torch.optim.Optimizer):
         before capturing; let `lr` and ``ema_betas`` be tensors on the device, since numbers are frozen into the graph
     max_norm : clip the norm of all gradients together to this; None does not clip
     emas : number of moving averages
+    leaves : for float32 parameters, the bfloat16 tensor that a model computes with in their place. The parameter is its
+        master: the leaf's gradient is taken for the parameter's, and a step writes the rounded parameter into the leaf
     impl : "auto", "reference", "triton" (GPU), "native" (C++ on a CPU, CUDA C++ on a GPU)
 
     Attributes
@@ -146,6 +153,9 @@ class AdamEMA(torch.optim.Optimizer):
 
     Notes
     -----
+    A parameter that was changed by others than `step` reaches its leaf through `refresh`. Gradients of leaves are not
+    seen by what looks for a parameter's gradient, such as `torch.amp.GradScaler` or `clip_grad_norm_`.
+
     Gradients that hold another memory layout than their parameter are copied at each step. `torch.amp.GradScaler`
     unscales gradients and skips steps itself, as with any optimizer that does not take its scale.
     """
@@ -167,6 +177,7 @@ class AdamEMA(torch.optim.Optimizer):
         decoupled_weight_decay: bool = False,
         max_norm: float | None = None,
         emas: int = 0,
+        leaves: Mapping[Tensor, Tensor] | None = None,
         impl: str = "auto",
     ) -> None:
         if max_norm is not None and not max_norm > 0:
@@ -177,6 +188,8 @@ class AdamEMA(torch.optim.Optimizer):
             raise ValueError(f"emas must be a number of moving averages, 0 or more, got {emas!r}")
         self.max_norm, self.impl = max_norm, impl
         self.emas: list[list[Tensor]] = [[] for _ in range(emas)]
+        self.leaves = dict(leaves or {})
+        self._rounded: list[int] = []  # versions of the parameters that the leaves hold
         self.grad_norm: Tensor | None = None  # None before the first step
         self.nonfinite: Tensor | None = None
         self._table: Table | None = None
@@ -188,6 +201,7 @@ class AdamEMA(torch.optim.Optimizer):
             "amsgrad": amsgrad, "maximize": maximize, "foreach": None, "capturable": capturable,
             "differentiable": differentiable, "fused": True, "decoupled_weight_decay": decoupled_weight_decay,
         })  # fmt: skip
+        self.refresh()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the averages of its parameters start as copies of them."""
@@ -201,6 +215,25 @@ class AdamEMA(torch.optim.Optimizer):
             raise wrong
         for copies in self.emas:
             copies += [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in params]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round parameters into their leaves, if any parameter was changed in place since by others than `step`."""
+        versions = [p._version for p in self.leaves]
+        if versions != self._rounded:
+            for p, leaf in self.leaves.items():
+                check_leaf(p, leaf)
+            torch._foreach_copy_(list(self.leaves.values()), list(self.leaves))
+            self._rounded = versions
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, leaves included."""
+        super().zero_grad(set_to_none)
+        for leaf in self.leaves.values():
+            if set_to_none:
+                leaf.grad = None
+            elif leaf.grad is not None:
+                leaf.grad = torch.zeros_like(leaf.grad)
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None, *, ema_betas: Sequence[float | Tensor] = ()) -> Any:
@@ -229,23 +262,27 @@ class AdamEMA(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         betas = tuple(beta.reshape(()) if isinstance(beta, Tensor) else float(beta) for beta in ema_betas)
+        self.refresh()  # for parameters that have no gradient now
         with torch.no_grad():
             tensors, still = self._gather()
             self.grad_norm, self.nonfinite = self._run(Step(tensors, self.param_groups, betas, self.max_norm))
             for p, emas in still:
                 for ema, beta in zip(emas, betas, strict=True):
                     _average(ema, p, beta)
+            self._rounded = [p._version for p in self.leaves]
         return loss
 
     def _gather(self) -> tuple[Tensors, list[tuple[Tensor, list[Tensor]]]]:
         """(what has a gradient, what has none: parameters and their averages)"""
         params = [p for group in self.param_groups for p in group["params"]]
         groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-        grads, emas = [p.grad for p in params], self.emas
+        leaves, emas = [self.leaves.get(p) for p in params], self.emas
+        grads: list[Any] = [(p if leaf is None else leaf).grad for p, leaf in zip(params, leaves, strict=True)]
         still = [(p, [copies[i] for copies in emas]) for i, p in enumerate(params) if grads[i] is None]
         if still:
             have = [i for i, g in enumerate(grads) if g is not None]
-            params, groups, grads, *emas = ([column[i] for i in have] for column in (params, groups, grads, *emas))
+            columns = (params, groups, grads, leaves, *emas)
+            params, groups, grads, leaves, *emas = ([column[i] for i in have] for column in columns)
         if any(g.layout is not torch.strided for g in grads):
             raise RuntimeError("AdamEMA does not support sparse gradients: use torch.optim.SparseAdam")
         states = [self.state[p] for p in params]
@@ -255,7 +292,7 @@ class AdamEMA(torch.optim.Optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         exp_avgs, exp_avg_sqs, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-        return Tensors(params, grads, exp_avgs, exp_avg_sqs, steps, groups, emas), still
+        return Tensors(params, grads, exp_avgs, exp_avg_sqs, steps, groups, leaves, emas), still
 
     def _run(self, step: Step) -> tuple[Tensor, Tensor]:
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
@@ -266,7 +303,7 @@ class AdamEMA(torch.optim.Optimizer):
             raise RuntimeError("AdamEMA: capturing a step in a CUDA graph needs capturable=True in every group")
         impl = _choose(self.impl, device, step.tensors.params)
         if impl == "reference":
-            _settle(step.tensors, device)
+            settle(step.tensors, device)
             return adam_ema_reference(step)
         run, chunk = run_native, 0
         if impl == "triton":
@@ -276,10 +313,11 @@ class AdamEMA(torch.optim.Optimizer):
         elif device.type == "cuda":
             run, chunk = run_cuda, CUDA_CHUNK
         table = self._table_for(device, chunk, capturing=capturing)
-        table.fill(step.tensors, settle=partial(_settle, step.tensors, device, dense=True))
+        table.fill(step.tensors, settle=partial(settle, step.tensors, device, dense=True))
         table.set_numbers(step.groups, step.ema_betas)
         found = run(table, step.max_norm)
-        for changed in (step.tensors.params, *step.tensors.emas):
+        leaves = [leaf for leaf in step.tensors.leaves if leaf is not None]
+        for changed in (step.tensors.params, leaves, *step.tensors.emas):
             increment_version(changed)
         return found
 
@@ -302,7 +340,7 @@ class AdamEMA(torch.optim.Optimizer):
         return self._table
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_norm", "impl", "emas", "grad_norm", "nonfinite")
+        own = ("max_norm", "impl", "emas", "leaves", "grad_norm", "nonfinite")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict ends here, too
@@ -317,7 +355,7 @@ class AdamEMA(torch.optim.Optimizer):
                 if values := self.state.get(p):
                     step = torch.as_tensor(values["step"], dtype=torch.float32, device=p.device)
                     values["step"] = step.reshape(())
-        self._table, self._spare = None, None
+        self._table, self._spare, self._rounded = None, None, []
         self.__dict__.setdefault("_captured", [])  # its graphs live on
 
     def ema_state(self) -> dict[str, Tensor]:
@@ -349,25 +387,6 @@ def _choose(impl: str, device: torch.device, params: Sequence[Tensor]) -> str:
             raise RuntimeError(f"adam_ema: impl={impl!r} needs float32 parameters, use 'reference'")
         return "reference"
     return choose("adam_ema", impl, device, torch.float32)
-
-
-def _settle(tensors: Tensors, device: torch.device, *, dense: bool = False) -> None:
-    """Bring state and averages to their parameters' device and layout, where a later `to` or `load_state_dict` left
-    others; `dense`: refuse parameters that are not one piece of memory."""
-    for i, p in enumerate(tensors.params):
-        if p.device != device:
-            raise RuntimeError(f"AdamEMA: all parameters must be on one device, got {device} and {p.device}")
-        wanted = p.detach() if p.is_contiguous() else torch.empty_like(p, device="meta")
-        if dense and layout(wanted) != layout(p):
-            raise RuntimeError(
-                f"adam_ema: a parameter of shape {list(p.shape)} has strides {list(p.stride())}, with gaps or overlaps"
-                ": make it contiguous, or use impl='reference'"
-            )
-        for t in (tensors.exp_avgs[i], tensors.exp_avg_sqs[i], *(copies[i] for copies in tensors.emas)):
-            if t.device != device or (t.stride() != wanted.stride() and layout(t) != layout(wanted)):
-                t.data = torch.empty_like(wanted, dtype=t.dtype, device=device).copy_(t)
-        if tensors.steps[i].device != device:
-            tensors.steps[i].data = tensors.steps[i].to(device)
 
 
 def _refuse_unsupported(group: Mapping[str, Any]) -> None:

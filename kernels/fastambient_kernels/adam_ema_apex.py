@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastambient_kernels.adam_ema import GRAD_LIMIT, AdamEMA, Step, _settle, _zeros
-from fastambient_kernels.adam_ema_table import layout
+from fastambient_kernels.adam_ema import GRAD_LIMIT, AdamEMA, Step, _zeros
+from fastambient_kernels.adam_ema_table import layout, settle
 
 DEVICES = ("cuda",)  # that FusedAdam runs on
 
@@ -51,7 +51,8 @@ class ApexAdamEMA(AdamEMA):
 
     Raises
     ------
-    RuntimeError : apex is not available, see `missing`; parameters are not float32, as FusedAdam's moments are
+    RuntimeError : apex is not available, see `missing`; parameters are not float32, as FusedAdam's moments are, or have
+        leaves
     """
 
     _fused: Any = None  # made at the first step, and again after the state or the groups have changed
@@ -64,6 +65,8 @@ class ApexAdamEMA(AdamEMA):
             raise RuntimeError(f"apex: {why}")
         if any(p.dtype is not torch.float32 for group in self.param_groups for p in group["params"]):
             raise RuntimeError("apex: FusedAdam keeps float32 moments, give it float32 parameters")
+        if self.leaves:
+            raise RuntimeError("apex: FusedAdam writes no leaves, use AdamEMA")
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict ends here, too
         super().__setstate__(state)
@@ -74,11 +77,11 @@ class ApexAdamEMA(AdamEMA):
         self._fused = None
 
     def _run(self, step: Step) -> tuple[Tensor, Tensor]:
-        params, _, exp_avgs, exp_avg_sqs, steps, _, emas = step.tensors
+        params, _, exp_avgs, exp_avg_sqs, steps, _, _, emas = step.tensors
         device = self.param_groups[0]["params"][0].device
         if not params:
             return _zeros(device)
-        _settle(step.tensors, device)  # FusedAdam reads memory, whatever the strides say
+        settle(step.tensors, device)  # FusedAdam reads memory, whatever the strides say
         for p in params:
             if p.grad is not None and (p.grad.dtype is not p.dtype or layout(p.grad) != layout(p)):
                 p.grad = torch.empty_like(p).copy_(p.grad)

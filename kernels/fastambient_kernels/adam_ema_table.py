@@ -1,10 +1,10 @@
 """The table of addresses that the fast implementations of `adam_ema` work from, and the launchers of the compiled ones.
 
 One row of the table is one parameter: addresses of p, g, exp_avg, exp_avg_sq and step, its number of elements, its
-group, whether g is bfloat16, and an address for each moving average. Its columns are compared at each step, and what
-has changed is written again. On a GPU a list of chunks (row, first element) lies beside it; chunks that are full and
-whose tensors are all 16-byte aligned come first, since they need no masks. Numbers that may change at each step (lr,
-betas, decays) lie in a float64 tensor.
+group, whether g is bfloat16, the address of its leaf or 0, and one for each moving average. Its columns are compared at
+each step, and what has changed is written again. On a GPU a list of chunks (row, first element) lies beside it; chunks
+that are full and whose tensors are all 16-byte aligned come first, since they need no masks. Numbers that may change at
+each step (lr, betas, decays) lie in a float64 tensor.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-COLUMNS = 8  # before the addresses of the averages; the order stands in adam_ema_op.cpp, too
+COLUMNS = 9  # before the addresses of the averages; the order stands in adam_ema_op.cpp, too
 SETTINGS = 6  # of a group: lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay
 COEFFICIENTS = 9  # of a row, float32, what a GPU's kernel needs of its group and step: see adam_ema_triton.py
 CUDA_CHUNK = 8192  # elements of a block of adam_ema.cu
-_GRAD, _NUMEL, _BF16 = 1, 5, 7
+_GRAD, _NUMEL, _BF16, _LEAF = 1, 5, 7, 8
 
 
 class Tensors(NamedTuple):
@@ -32,6 +32,7 @@ class Tensors(NamedTuple):
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
     groups: list[int]
+    leaves: list[Tensor | None]  # bfloat16, what the model computes with in the parameter's place
     emas: list[list[Tensor]]  # a list for each average
 
 
@@ -49,6 +50,38 @@ def layout(t: Tensor) -> tuple[int, ...]:
     return tuple(stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
 
 
+def settle(tensors: Tensors, device: torch.device, *, dense: bool = False) -> None:
+    """Bring state and averages to their parameters' device and layout, where a later `to` or `load_state_dict` left
+    others; `dense`: refuse parameters that are not one piece of memory."""
+    for i, p in enumerate(tensors.params):
+        if p.device != device:
+            raise RuntimeError(f"AdamEMA: all parameters must be on one device, got {device} and {p.device}")
+        wanted = p.detach() if p.is_contiguous() else torch.empty_like(p, device="meta")
+        if dense and layout(wanted) != layout(p):
+            raise RuntimeError(
+                f"adam_ema: a parameter of shape {list(p.shape)} has strides {list(p.stride())}, with gaps or overlaps"
+                ": make it contiguous, or use impl='reference'"
+            )
+        for t in (tensors.exp_avgs[i], tensors.exp_avg_sqs[i], *(copies[i] for copies in tensors.emas)):
+            if t.device != device or (t.stride() != wanted.stride() and layout(t) != layout(wanted)):
+                t.data = torch.empty_like(wanted, dtype=t.dtype, device=device).copy_(t)
+        if tensors.steps[i].device != device:
+            tensors.steps[i].data = tensors.steps[i].to(device)
+        check_leaf(p, tensors.leaves[i])
+
+
+def check_leaf(p: Tensor, leaf: Tensor | None) -> None:
+    """RuntimeError for a leaf that kernels cannot write as they read its parameter."""
+    if leaf is None:
+        return
+    kinds = [(t.device, t.shape, layout(t)) for t in (p, leaf)]
+    if leaf.dtype is not torch.bfloat16 or p.dtype is not torch.float32 or kinds[0] != kinds[1]:
+        raise RuntimeError(
+            "AdamEMA: a leaf is bfloat16 and its parameter float32, both on one device, of one shape and memory layout,"
+            f" got {leaf.dtype} {list(leaf.shape)} on {leaf.device} for {p.dtype} {list(p.shape)} on {p.device}"
+        )
+
+
 class Table:
     """See the file's docstring; `chunk`: elements of a chunk, 0 where the implementation cuts its own."""
 
@@ -63,7 +96,9 @@ class Table:
         self._host = torch.empty(0, self.width, dtype=torch.int64)
         self._kinds: Tensor | None = None
         self._host_chunks = torch.empty(0, 2, dtype=torch.int64)
-        self._held: list[Any] = []  # dtype and strides of each gradient, strides and shape of its parameter
+        self._held: list[
+            Any
+        ] = []  # dtype and strides of each gradient, has it a leaf, strides and shape of its parameter
         self._unusable: list[int] = []  # gradients that must be copied
         self._grads: list[Tensor] = []  # copies of gradients, alive until the next step
         self._pinned: Tensor | None = None
@@ -94,7 +129,7 @@ class Table:
         if not self.chunk:
             self.rows = self._host
             return
-        aligned = (self._host[:, [0, 1, 2, 3, *range(COLUMNS, self.width)]] % 16 == 0).all(dim=1)
+        aligned = (self._host[:, [0, 1, 2, 3, _LEAF, *range(COLUMNS, self.width)]] % 16 == 0).all(dim=1)
         kinds = torch.stack([self._host[:, _NUMEL], self._host[:, _BF16], aligned.long()])
         if self._kinds is None or not torch.equal(kinds, self._kinds):
             self._kinds = kinds
@@ -114,6 +149,7 @@ class Table:
             [p.numel() for p in tensors.params],
             tensors.groups,
             [g.dtype is torch.bfloat16 for g in grads],
+            [0 if leaf is None else leaf.data_ptr() for leaf in tensors.leaves],
             *([ema.data_ptr() for ema in copies] for copies in tensors.emas),
         ]
 
@@ -125,8 +161,14 @@ class Table:
     def _usable(self, tensors: Tensors) -> list[Tensor]:
         """Gradients in their parameters' layouts, in a type that the kernels read."""
         params, grads = tensors.params, tensors.grads
-        held = [(g.dtype, g.stride(), p.stride(), p.shape) for g, p in zip(grads, params, strict=True)]
+        held = [
+            (g.dtype, leaf is None, g.stride(), p.stride(), p.shape)
+            for g, leaf, p in zip(grads, tensors.leaves, params, strict=True)
+        ]
         if held != self._held:  # the same from step to step: what they say is worked out once
+            for g, leaf in zip(grads, tensors.leaves, strict=True):
+                if leaf is not None and g.dtype is not leaf.dtype:
+                    raise RuntimeError(f"adam_ema: the gradient of a leaf must be bfloat16, got {g.dtype}")
             known = (torch.float32, torch.bfloat16)
             self._held = held
             self._unusable = [

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastambient_kernels.adam_ema_table import COEFFICIENTS, COLUMNS, SETTINGS, Table, run_gpu
-from fastambient_kernels.triton_common import INTERPRETED, device_guard
+from fastambient_kernels.triton_common import INTERPRETED, cast_rne, device_guard
 
 if TYPE_CHECKING:
     from fastambient_kernels.aot import AotCase
@@ -38,6 +38,7 @@ _EXP_AVG_SQ = tl.constexpr(3)
 _STEP = tl.constexpr(4)
 _NUMEL = tl.constexpr(5)
 _GROUP = tl.constexpr(6)
+_LEAF = tl.constexpr(8)
 _EMAS = tl.constexpr(COLUMNS)
 
 
@@ -130,7 +131,7 @@ def update_kernel(
     WIDTH: tl.constexpr, EMAS: tl.constexpr, CHUNK: tl.constexpr, BF16: tl.constexpr, FULL: tl.constexpr,
     CLIP: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: clean, update, average. Without CLIP also what `norm_kernel` does."""
+    """One chunk: clean, update, round, average. Without CLIP also what `norm_kernel` does."""
     index = first + tl.program_id(0)
     row, begin = tl.load(chunks + index * 2), tl.load(chunks + index * 2 + 1)
     number = coefficients + row * _COEFFICIENTS
@@ -159,6 +160,10 @@ def update_kernel(
     tl.store(m_at + i, m, mask=inside)
     tl.store(v_at + i, v, mask=inside)
     tl.store(p_at + i, p, mask=inside)
+    if BF16:  # noqa: SIM102  # a constant: leaves have bfloat16 gradients
+        if tl.load(table + row * WIDTH + _LEAF) != 0:
+            leaf_at = _address(table, row, _LEAF, WIDTH, begin, tl.bfloat16, FULL)
+            tl.store(leaf_at + i, cast_rne(p, tl.bfloat16), mask=inside)
     for k in tl.static_range(EMAS):
         beta = tl.load(betas + k)
         ema_at = _address(table, row, _EMAS + k, WIDTH, begin, tl.float32, FULL)
@@ -248,7 +253,7 @@ def aot_cases() -> list[AotCase]:
                         num_warps=8,
                         amd_warps=_AMD_WARPS,
                         streamed=streamed,
-                        elements=2048 * (24 + g_bytes + 8 * emas),
+                        elements=2048 * (28 + 8 * emas),  # of bfloat16 gradients with their leaves
                         max_instructions=1500,
                         max_registers=72 if full else 96,
                     )

@@ -11,6 +11,7 @@ struct AdamEmaTensor {
   const void* g;  // float, or bf16 where g_bf16
   float* m;       // exp_avg
   float* v;       // exp_avg_sq
+  bf16* leaf;     // gets p, rounded; may be null
   const int64_t* emas;  // addresses of its moving averages
   int64_t numel;
   bool g_bf16;

@@ -1,7 +1,7 @@
 // adam_ema on the CPU: the loops over one chunk of one parameter.
 //
 // A chunk is walked in blocks that stay in the first-level cache: clean the gradient into a buffer, sum its squares,
-// update, average. Each array is read from memory once and written once.
+// update, round, average. Each array is read from memory once and written once.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -12,7 +12,7 @@ namespace fastambient {
 namespace FA_KERNEL_NAMESPACE(FA_ISA) {
 namespace {
 
-constexpr int64_t kBlock = 256;  // 5 arrays and the buffer: 6 KB
+constexpr int64_t kBlock = 256;  // 6 arrays and the buffer: 7 KB
 constexpr int64_t kLanes = 8;    // partial sums, the same on every instruction set
 constexpr float kInfinity = 1e5f;  // what an infinite gradient becomes
 
@@ -60,6 +60,10 @@ void update(const AdamEmaTensor& t, const float* __restrict g, float clip, float
   }
 }
 
+void round(const float* __restrict p, bf16* __restrict leaf, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store(leaf + i, p[i]);
+}
+
 void average(float* __restrict ema, const float* __restrict p, double beta, int64_t n) {
   const float keep = static_cast<float>(beta), weight = static_cast<float>(1 - beta);
   if (weight < 0.5f) {
@@ -105,6 +109,7 @@ void adam_ema_update(const AdamEmaTensor& t, int64_t begin, int64_t end, float c
     const int64_t n = std::min(kBlock, end - at);
     sums.block(t, at, n, g);
     (t.one_minus_beta1 < 0.5f ? update<true> : update<false>)(t, g, clip, t.p + at, t.m + at, t.v + at, n);
+    if (t.leaf != nullptr) round(t.p + at, t.leaf + at, n);
     for (int64_t k = 0; k < betas.count; ++k)
       average(reinterpret_cast<float*>(t.emas[k]) + at, t.p + at, betas.beta[k], n);
   }

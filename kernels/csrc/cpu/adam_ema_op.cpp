@@ -24,7 +24,7 @@ constexpr int64_t kChunk = 16384;  // elements: sums are taken over chunks, what
 constexpr int64_t kGrain = 2;      // chunks that are worth a thread
 
 // Columns of `table`, then the addresses of the moving averages.
-enum : int64_t { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kNumel, kGroup, kGradBf16, kColumns };
+enum : int64_t { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kNumel, kGroup, kGradBf16, kLeaf, kColumns };
 // Columns of `groups`.
 enum : int64_t { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled, kSettings };
 
@@ -43,6 +43,7 @@ AdamEmaTensor prepare(const int64_t* row, const double* group) {
       .g = reinterpret_cast<const void*>(row[kGrad]),
       .m = reinterpret_cast<float*>(row[kExpAvg]),
       .v = reinterpret_cast<float*>(row[kExpAvgSq]),
+      .leaf = reinterpret_cast<bf16*>(row[kLeaf]),
       .emas = row + kColumns,
       .numel = row[kNumel],
       .g_bf16 = row[kGradBf16] != 0,
@@ -74,7 +75,7 @@ AdamEmaStats total(const std::vector<AdamEmaStats>& chunks) {
   return sum;
 }
 
-// table int64 [tensors, 8 + averages]: addresses, sizes, groups. groups double [groups, 6], betas double [averages].
+// table int64 [tensors, 9 + averages]: addresses, sizes, groups. groups double [groups, 6], betas double [averages].
 // max_norm infinite: no clipping. Writes norm (double) and nonfinite (int64), and through the addresses.
 void adam_ema(const Tensor& table, const Tensor& groups, const Tensor& betas, double max_norm, const Tensor& norm,
               const Tensor& nonfinite) {

@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kVector = 8;
 constexpr float kGradLimit = 1e5f;  // what an infinite gradient becomes
 // Columns of the table.
-enum : int { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kNumel, kGroup };
+enum : int { kParam, kGrad, kExpAvg, kExpAvgSq, kStep, kNumel, kGroup, kGradBf16, kLeaf };
 
 struct Coefficients {  // as adam_ema_prepare_kernel writes them
   float step_size, v_scale, eps, beta1, one_minus_beta1, beta2, one_minus_beta2, decay, l2;
@@ -60,6 +60,14 @@ __device__ void load8(const __nv_bfloat16* at, float* out) {
 __device__ void store8(float* at, const float* in) {
   reinterpret_cast<float4*>(at)[0] = make_float4(in[0], in[1], in[2], in[3]);
   reinterpret_cast<float4*>(at)[1] = make_float4(in[4], in[5], in[6], in[7]);
+}
+
+__device__ void store8(__nv_bfloat16* at, const float* in) {
+  uint4 out;
+  auto* pairs = reinterpret_cast<__nv_bfloat162*>(&out);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) pairs[k] = __floats2bfloat162_rn(in[2 * k], in[2 * k + 1]);
+  *reinterpret_cast<uint4*>(at) = out;
 }
 
 // The block's sums in a fixed order, written by its first thread.
@@ -133,6 +141,7 @@ __global__ void __launch_bounds__(kThreads)
   float* p_at = address<float>(row, kParam, begin);
   float* m_at = address<float>(row, kExpAvg, begin);
   float* v_at = address<float>(row, kExpAvgSq, begin);
+  __nv_bfloat16* leaf_at = row[kLeaf] ? address<__nv_bfloat16>(row, kLeaf, begin) : nullptr;
   Sums sums;
   if constexpr (kFull) {
     for (int i = threadIdx.x * kVector; i < kChunk; i += kThreads * kVector) {
@@ -146,6 +155,7 @@ __global__ void __launch_bounds__(kThreads)
       store8(m_at + i, m);
       store8(v_at + i, v);
       store8(p_at + i, p);
+      if (leaf_at) store8(leaf_at + i, p);
       for (int64_t a = 0; a < emas; ++a) {
         float* e_at = address<float>(row, kColumns + a, begin);
         const float keep = static_cast<float>(betas[a]), weight = static_cast<float>(1 - betas[a]);
@@ -161,6 +171,7 @@ __global__ void __launch_bounds__(kThreads)
       float p = p_at[i];
       adam(c, clean(static_cast<float>(g_at[i]), sums) * scale, p, m_at[i], v_at[i]);
       p_at[i] = p;
+      if (leaf_at) leaf_at[i] = __float2bfloat16_rn(p);
       for (int64_t a = 0; a < emas; ++a) {
         float* e_at = address<float>(row, kColumns + a, begin);
         e_at[i] = lerp(e_at[i], p, static_cast<float>(1 - betas[a]), static_cast<float>(betas[a]));

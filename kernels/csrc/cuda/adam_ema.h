@@ -5,7 +5,7 @@
 
 namespace fastambient {
 
-constexpr int64_t kColumns = 8;       // of the table, before the addresses of the averages
+constexpr int64_t kColumns = 9;       // of the table, before the addresses of the averages
 constexpr int64_t kSettings = 6;      // of a group
 constexpr int64_t kCoefficients = 9;  // of a row
 constexpr int64_t kChunk = 8192;      // elements; CUDA_CHUNK in adam_ema_table.py
