@@ -35,7 +35,7 @@ STATE_BYTES = 20  # a parameter: float32 weight, gradient, two moments, EMA
 STEP_BYTES = 36  # a parameter: what `AdamEMA` reads and writes
 CHECKPOINT_BYTES = 16  # a parameter: weight, two moments, EMA
 CAST_BYTES = (
-    12  # a parameter and micro-batch under autocast: weight read and written in bf16, gradient the same way back
+    12  # a parameter and micro-batch where autocast casts: weight read and written in bf16, gradient the same way back
 )
 MAX_RANKS = 1024
 PIXELS = {"digits": 8, "small16": 16, "small32": 32, "cifar10-ddpmpp": 32, "cifar10-ncsnpp": 32}  # others: 64
@@ -215,15 +215,16 @@ def make_plan(
     share = batch // ranks
     micro = min(batch_gpu or share, share)
     rounds, work, parameters = math.ceil(share / micro), counts.step, counts.parameters
-    casts = CAST_BYTES * parameters * rounds if bf16 else 0
-    traffic = share * work.bytes + rounds * work.fixed_bytes + casts
+    casts = bf16 and rounds > 1  # else weights are bf16 and masters float32: the same 20 and 36 bytes a parameter
+    cast_bytes = CAST_BYTES * parameters * rounds if casts else 0
+    traffic = share * work.bytes + rounds * work.fixed_bytes + cast_bytes
     backward = share * ((work.flops - counts.forward.flops) / work.flops) * _products(work, machine)
     sent = 2 * (ranks - 1) / ranks * 4 * parameters
     joint = machine.link if ranks <= machine.node else machine.network
     communication = sent / joint.value if ranks > 1 and joint is not None else 0.0
     return Plan(
         machine, ranks, batch, kimg, micro, batch * work.flops,
-        memory=memory(counts, images=micro, bf16=bf16, ranks=ranks),
+        memory=memory(counts, images=micro, casts=casts, ranks=ranks),
         convolution=share * work.convolution / machine.convolution.value,
         product=share * work.product / machine.product.value,
         bytes=(traffic + STEP_BYTES * parameters) / machine.copy.value,
@@ -233,9 +234,12 @@ def make_plan(
     )  # fmt: skip
 
 
-def memory(counts: Counts, *, images: int, bf16: bool, ranks: int) -> float:
-    """Bytes of a rank that takes `images` at once: state, bf16 copies of weights, all-reduce buckets, activations."""
-    return counts.parameters * (STATE_BYTES + 2 * bf16 + 4 * (ranks > 1)) + images * counts.activations
+def memory(counts: Counts, *, images: int, casts: bool, ranks: int) -> float:
+    """Bytes of a rank that takes `images` at once: state, autocast's casts, all-reduce buckets, activations.
+
+    casts : of weights, in bf16 with several micro-batches
+    """
+    return counts.parameters * (STATE_BYTES + 2 * casts + 4 * (ranks > 1)) + images * counts.activations
 
 
 def _products(work: Pass, machine: Machine) -> float:

@@ -74,7 +74,7 @@ def gradients(path, *assignments):
     seen = []
 
     def step(*, ema_betas):
-        seen.extend(p.grad.clone() for p in trainer.network.parameters())
+        seen.extend(p.grad.clone() for p in trainer.step.network.parameters())
         trainer.optimizer.grad_norm, trainer.optimizer.nonfinite = torch.zeros(()), torch.zeros(())
 
     trainer.optimizer.step = step
@@ -126,11 +126,10 @@ def test_batches_must_divide(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_bf16_is_near_fp32_with_float32_masters(tmp_path):
+def test_bf16_is_near_fp32(tmp_path):
     fp32, one = gradients(tmp_path / "a")
     bf16, two = gradients(tmp_path / "b", "training.precision=bf16")
     assert one.loss == pytest.approx(two.loss, rel=0.02)
-    assert all(g.dtype == torch.float32 for g in bf16)
     norm = lambda gs: torch.cat([g.flatten() for g in gs])  # noqa: E731
     assert torch.nn.functional.cosine_similarity(norm(fp32), norm(bf16), dim=0) > 0.99
 

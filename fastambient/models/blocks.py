@@ -148,7 +148,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def with_bf16_weights(module: nn.Module) -> nn.Module:
-    """A copy for use under bfloat16 autocast without gradients, which leaves autocast nothing to cast at each call.
+    """A copy for use under bfloat16 autocast, which leaves autocast no weight to cast at each call, nor its gradient.
 
     Weights of convolutions and of the blocks' embedding layers are bfloat16, which is what autocast makes of them, so
     that the numbers are the same to the bit; all other tensors are shared.
@@ -157,7 +157,8 @@ def with_bf16_weights(module: nn.Module) -> nn.Module:
     for layer in module.modules():
         cast = layer.affine if isinstance(layer, UNetBlock) else layer
         if isinstance(layer, UNetBlock) or (isinstance(layer, Conv2d) and layer.kernel):
-            memo[id(cast.weight)] = nn.Parameter(cast.weight.bfloat16(), requires_grad=False)  # type: ignore[arg-type, operator]
+            weight: nn.Parameter = cast.weight  # type: ignore[assignment]
+            memo[id(weight)] = nn.Parameter(weight.detach().bfloat16(), requires_grad=weight.requires_grad)
     return copy.deepcopy(module, memo)
 
 

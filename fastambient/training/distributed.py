@@ -42,6 +42,11 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def copy_from_first(self, values: Tensor) -> None:
+        """Overwrite with rank 0's."""
+        if self.size > 1:
+            dist.broadcast(values, src=0)
+
     def text_from_first(self, text: str) -> str:
         """Rank 0's text, on every rank."""
         if self.size == 1:
@@ -51,8 +56,16 @@ class World:
         buffer = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
         if self.first:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0)
+        self.copy_from_first(buffer)
         return bytes(buffer.cpu().tolist()).decode()
+
+
+def mean_in_float32(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """What a communication hook of DistributedDataParallel does: gradients of any type are summed over ranks in float32
+    and rounded once."""
+    buffer = bucket.buffer()
+    reduced = dist.all_reduce(buffer.float() / dist.get_world_size(), async_op=True).get_future()
+    return reduced.then(lambda done: buffer.copy_(done.value()[0]))
 
 
 def inside_launcher() -> bool:

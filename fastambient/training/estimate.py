@@ -20,6 +20,7 @@ from fastambient.planning import STATE_BYTES, known_gpu, machine, memory
 from fastambient.system import available_memory
 from fastambient.training.clock import grids_to_come
 from fastambient.training.config import PREVIEW_IMAGES, Settings, network_config
+from fastambient.training.optimizer import working_network
 from fastambient_kernels import seed_tensor
 
 _PROBE_SECONDS = 1.0  # ever more images are measured until this is spent; the last measurement may take as long again
@@ -89,7 +90,8 @@ class _Probe:
             network = models.build(self.config)
         if t.checkpoint_levels:
             recompute_levels(network, t.checkpoint_levels)
-        self.network = network.to(self.device).to(memory_format=torch.channels_last).train()
+        self.masters = network.to(self.device).to(memory_format=torch.channels_last).train()
+        self.network = working_network(self.masters, t, ranks=t.ranks)
         self.parameters = sum(p.numel() for p in self.network.parameters())
         self.saved: dict[int, int] = {}  # address -> bytes of what the last pass kept
 
@@ -137,7 +139,7 @@ def fit_micro_batch(settings: Settings, *, channels: int, num_classes: int, data
         found, text = _fit_by_trying(settings, channels, num_classes, data_bytes, sizes)
     else:
         counts, bf16 = _counts(settings, channels, num_classes), t.precision == "bf16"
-        predicted = {n: memory(counts, images=n, bf16=bf16, ranks=t.ranks) + data_bytes for n in sizes}
+        predicted = {n: memory(counts, images=n, casts=bf16 and n < share, ranks=t.ranks) + data_bytes for n in sizes}
         limit = available_memory()
         most = math.inf if limit is None else _SHARE_OF_MEMORY * limit / t.ranks
         found = next((n for n in sizes if predicted[n] <= most), None)

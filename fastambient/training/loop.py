@@ -47,6 +47,7 @@ from fastambient.training.optimizer import (
     load_ema_weights,
     load_optimizer_tensors,
     optimizer_tensors,
+    working_network,
 )
 from fastambient.training.run import RunFolder
 from fastambient.training.step import TrainingStep
@@ -141,7 +142,8 @@ class Trainer:
         self.total_nimg = round(t.kimg * 1000)
         self.network = build_network(settings, self.data, world.device)
         self.names = [name for name, _ in self.network.named_parameters()]
-        self.optimizer = build_optimizer(self.network, t)
+        working = working_network(self.network, t, ranks=world.size)
+        self.optimizer = build_optimizer(self.network, t, working)
         self.sigma_loss = SigmaLoss(world.device)
         rows = self.data.rows
         kind, reason = choose(settings.data.loader, getattr(rows, "nbytes", None), world.device, ranks=world.size)
@@ -153,7 +155,7 @@ class Trainer:
         )  # fmt: skip
         self.num_classes = self.data.num_classes if settings.data.use_labels else 0
         self.step = TrainingStep(
-            self.network, self.loader, self.optimizer, self.sigma_loss, settings, world,
+            working, self.loader, self.optimizer, self.sigma_loss, settings, world,
             num_classes=self.num_classes, noise_seed=noise_seed,
         )  # fmt: skip
         self.nimg = 0

@@ -11,13 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from fastambient.errors import InputError
+from fastambient.models.blocks import with_bf16_weights
 from fastambient.training.config import TrainingSettings
 from fastambient_kernels import AdamEMA
 from fastambient_kernels.adam_ema_apex import ApexAdamEMA, missing
 
 
-def build_optimizer(network: nn.Module, settings: TrainingSettings) -> AdamEMA:
+def working_network(network: nn.Module, settings: TrainingSettings, *, ranks: int) -> nn.Module:
+    """What a step computes with: `network`, or in bf16 a copy with bfloat16 weights, whose masters are `network`'s.
+
+    Gradients of bfloat16 weights would add up in bfloat16 over micro-batches: where there are several, and for apex,
+    which writes no such weights, autocast casts the float32 ones and widens their gradients.
+    """
+    at_once = settings.batch_gpu in (None, settings.batch // ranks)
+    if settings.precision == "bf16" and at_once and settings.optimizer != "apex":
+        return with_bf16_weights(network)
+    return network
+
+
+def build_optimizer(network: nn.Module, settings: TrainingSettings, working: nn.Module | None = None) -> AdamEMA:
     """One group, one average, in the order of ``network.parameters()``; float32 master weights.
+
+    working : what the gradients come from, where that is `working_network`'s copy
 
     Raises
     ------
@@ -27,6 +42,7 @@ def build_optimizer(network: nn.Module, settings: TrainingSettings) -> AdamEMA:
     if settings.optimizer == "apex":
         need_apex(params[0].device)
     kind = ApexAdamEMA if settings.optimizer == "apex" else AdamEMA
+    pairs = zip(params, (working or network).parameters(), strict=True)
     return kind(
         params,
         lr=settings.lr,
@@ -36,6 +52,7 @@ def build_optimizer(network: nn.Module, settings: TrainingSettings) -> AdamEMA:
         decoupled_weight_decay=settings.optimizer == "adamw",
         capturable=params[0].is_cuda,
         emas=1,
+        leaves={p: leaf for p, leaf in pairs if leaf is not p},
     )
 
 

@@ -26,7 +26,7 @@ from fastambient.diffusion.edm import draw_sigma
 from fastambient.errors import InputError
 from fastambient.training import compile as compiling
 from fastambient.training.config import Settings
-from fastambient.training.distributed import World
+from fastambient.training.distributed import World, mean_in_float32
 from fastambient.training.graph import GraphedIteration, why_no_graph
 from fastambient.training.monitor import SigmaLoss
 from fastambient.training.optimizer import ema_beta, learning_rate
@@ -50,8 +50,9 @@ class TrainingStep:
 
     Parameters
     ----------
-    network : raw network F with float32 weights, on `world.device`
+    network : raw network F, on `world.device`: what `working_network` returns
     loader : of this rank's share of the batch
+    optimizer : of its weights, or of their float32 masters
     num_classes : label_dim of the network, 0 if unconditional
     noise_seed : the secret of the noise contract
     """
@@ -89,6 +90,10 @@ class TrainingStep:
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+            if optimizer.leaves:
+                self.parallel.register_comm_hook(None, lambda _, bucket: mean_in_float32(bucket))
+                for master in optimizer.leaves:  # as the wrapper does with its own parameters
+                    world.copy_from_first(master.detach())
         # Static memory of `iteration`: the host's part of a batch; lr, EMA decay, and what this rank was asked for.
         self.fields = loader.static()
         self.lr, self.ema_beta, *_ = self.numbers = torch.zeros(4, dtype=torch.float64, device=world.device)
@@ -116,6 +121,7 @@ class TrainingStep:
         if self._to_compile:
             self._to_compile = False
             compiling.compile_network(self.network, self._probe, tell=self.world.first)
+        self.optimizer.refresh()
         clock = _Clock(self.world.device)
         results = self.run()
         clock.launched()
