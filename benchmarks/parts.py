@@ -29,12 +29,14 @@ from fastambient.models.blocks import UNetBlock
 from fastambient.models.layers import Conv2d, Dropout, DropoutKey, GroupNorm
 from fastambient.models.presets import PRESETS
 from fastambient.training.loop import Trainer
+from fastambient.training.optimizer import build_optimizer
 
 
 def _contiguous(trainer: Trainer) -> None:
-    trainer.network.to(memory_format=torch.contiguous_format)
+    for network in (trainer.network, trainer.step.network):
+        network.to(memory_format=torch.contiguous_format)
     # A copy: pictures of one channel are contiguous whatever their strides, and torch then goes by the strides.
-    trainer.network.register_forward_pre_hook(
+    trainer.step.network.register_forward_pre_hook(
         lambda _, given: (given[0].clone(memory_format=torch.contiguous_format), *given[1:])
     )
 
@@ -45,13 +47,20 @@ class _TorchDropout(Dropout):
 
 
 def _torch_dropout(trainer: Trainer) -> None:
-    for module in trainer.network.modules():
+    for module in trainer.step.network.modules():
         if type(module) is Dropout:
             module.__class__ = _TorchDropout
 
 
+def _float32_leaves(trainer: Trainer) -> None:
+    """Autocast casts every weight at each step, and widens its gradient."""
+    step = trainer.step
+    step.network = step.parallel = trainer.network
+    trainer.optimizer = step.optimizer = build_optimizer(trainer.network, trainer.settings.training)
+
+
 class _TorchAdam:
-    """torch's fused Adam and foreach average behind what `TrainingStep` asks of AdamEMA."""
+    """torch's fused Adam and foreach average behind what `TrainingStep` asks of AdamEMA; it has no bfloat16 leaves."""
 
     def __init__(self, params: Sequence[nn.Parameter], lr: float) -> None:
         self.fused, self.param_groups = FusedAdam(params, lr=lr), []
@@ -61,11 +70,15 @@ class _TorchAdam:
     def zero_grad(self, *, set_to_none: bool) -> None:
         self.fused.optimizer.zero_grad(set_to_none=set_to_none)
 
+    def refresh(self) -> None:
+        pass
+
     def step(self, *, ema_betas: Sequence[Tensor]) -> None:
         self.fused.step(float(ema_betas[0]))
 
 
 def _torch_adam(trainer: Trainer) -> None:
+    _float32_leaves(trainer)
     trainer.step.optimizer = _TorchAdam(list(trainer.network.parameters()), trainer.settings.training.lr)  # type: ignore[assignment]
 
 
@@ -101,7 +114,7 @@ def _formulas(trainer: Trainer) -> None:
 
 def _layer(kind: type[nn.Module], arrangement: Mapping[type[nn.Module], type[nn.Module]]) -> Callable[[Trainer], None]:
     def take_out(trainer: Trainer) -> None:
-        rearranged(trainer.network, {kind: arrangement[kind]})
+        rearranged(trainer.step.network, {kind: arrangement[kind]})
 
     return take_out
 
@@ -115,6 +128,7 @@ PARTS: dict[str, Callable[[Trainer], None]] = {
     "dropout": _torch_dropout,
     "noise+loss": _formulas,
     "AdamEMA": _torch_adam,
+    "bf16 leaves": _float32_leaves,  # in float32 there are none
 }
 
 
@@ -133,15 +147,18 @@ def differences(trainers: dict[str, Trainer]) -> tuple[dict[str, float], float]:
     ours = trainers["ours"]
     batch, *_ = step_time.draws(ours, torch.arange(ours.step.share, device=ours.world.device))
     _Formulas.same_noise = True
-    with step_time.without_dropout(*(t.network for t in trainers.values())):
+    with step_time.without_dropout(*(t.step.network for t in trainers.values()), ours.network):
         found = {
-            name: step_time.results(t.network, lambda t=t: t.step.forward(batch)[1]) for name, t in trainers.items()
+            name: step_time.results(t.step.network, lambda t=t: t.step.forward(batch)[1])
+            for name, t in trainers.items()
         }
         settings, allowed = ours.step.settings, 2e-4
         if settings.training.precision == "bf16":
             ours.step.settings = replace(settings, training=replace(settings.training, precision="fp32"))
+            ours.step.parallel = ours.network
             wide = step_time.results(ours.network, lambda: ours.step.forward(batch)[1])
-            ours.step.settings, allowed = settings, 2 * step_time.difference(found["ours"], wide) + 2**-8
+            ours.step.settings, ours.step.parallel = settings, ours.step.network
+            allowed = 2 * step_time.difference(found["ours"], wide) + 2**-8
     _Formulas.same_noise = False
     return {name: step_time.difference(found[name], found["ours"]) for name in trainers}, allowed
 
@@ -157,14 +174,15 @@ def main() -> None:
     device, preset = arguments.device, arguments.preset
     batch = arguments.batch or step_time.usual_batch(preset, device)
     precision = arguments.precision or step_time.usual_precision(device)
+    chosen = [name for name in arguments.parts if precision == "bf16" or name != "bf16 leaves"]
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
             name: step_time.make_trainer(Path(folder) / name.replace("+", "-"), preset, batch, device, precision)
-            for name in ("ours", *arguments.parts)
+            for name in ("ours", *chosen)
         }
         weights = step_time.filled(trainers["ours"].network)
         for name, trainer in trainers.items():
-            trainer.network.load_state_dict(weights)
+            step_time.load(trainer, weights)
             if name != "ours":
                 PARTS[name](trainer)
         found, allowed = differences(trainers)

@@ -114,6 +114,12 @@ def filled(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def load(trainer: Trainer, weights: dict[str, Tensor]) -> None:
+    """Into the float32 weights, and what a step computes with."""
+    trainer.network.load_state_dict(weights)
+    trainer.optimizer.refresh()
+
+
 class without_dropout:
     """Masks are drawn in different ways: results are compared without them."""
 
@@ -158,9 +164,10 @@ def agreement(trainer: Trainer, other: BaselineStep) -> tuple[float, float]:
     def theirs(low: bool) -> Tensor:
         return other.loss(batch.images, batch.flips, sigma, noises, bf16=low)
 
-    with without_dropout(trainer.network, other.network):
+    network = trainer.step.network
+    with without_dropout(network, other.network):
         wide = results(other.network, lambda: theirs(False))
-        apart = difference(results(trainer.network, lambda: trainer.step.forward(batch)[1]), wide)
+        apart = difference(results(network, lambda: trainer.step.forward(batch)[1]), wide)
         if trainer.settings.training.precision == "fp32":
             return apart, 2e-4
         return apart, 2 * difference(results(other.network, lambda: theirs(True)), wide) + 2**-8
@@ -225,16 +232,16 @@ def main() -> None:
                 ours()
         except torch.OutOfMemoryError:
             sys.exit(f"ours: {size} does not fit")
-        blocks = (m for m in trainer.network.modules() if isinstance(m, UNetBlock))
+        blocks = (m for m in trainer.step.network.modules() if isinstance(m, UNetBlock))
         if arguments.compile and not all(block.compiled for block in blocks):
             sys.exit("ours: compiling failed; no time is reported")
         used = {
-            "predicted": predicted_memory(counts_of(trainer.settings), images=batch, bf16=precision == "bf16", ranks=1),
+            "predicted": predicted_memory(counts_of(trainer.settings), images=batch, casts=False, ranks=1),
             "measured": max(0.0, float(peak_memory(device) - before)),  # a CPU's counters are some pages off
         }
 
         weights = filled(trainer.network)
-        trainer.network.load_state_dict(weights)
+        load(trainer, weights)
         others, found = {}, {}
         for name in names:
             try:
