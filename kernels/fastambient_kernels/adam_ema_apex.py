@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastambient_kernels.adam_ema import GRAD_LIMIT, AdamEMA, Step, _zeros
+from fastambient_kernels.adam_ema import AdamEMA
+from fastambient_kernels.adam_ema_reference import GRAD_LIMIT, Step, zeros
 from fastambient_kernels.adam_ema_table import layout, settle
 
 DEVICES = ("cuda",)  # that FusedAdam runs on
@@ -80,7 +81,7 @@ class ApexAdamEMA(AdamEMA):
         params, _, exp_avgs, exp_avg_sqs, steps, _, _, emas = step.tensors
         device = self.param_groups[0]["params"][0].device
         if not params:
-            return _zeros(device)
+            return zeros(device)
         settle(step.tensors, device)  # FusedAdam reads memory, whatever the strides say
         for p in params:
             if p.grad is not None and (p.grad.dtype is not p.dtype or layout(p.grad) != layout(p)):
