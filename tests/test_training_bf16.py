@@ -74,13 +74,14 @@ class Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_weight_is_cast(tmp_path):
+def test_no_weight_is_cast(tmp_path, monkeypatch):
     """Forward or backward; of the embeddings' small layers alone."""
     counts = []
     for change in (lambda trainer: trainer, under_autocast):
         trainer = change(trainer_of(tmp_path / str(len(counts)), "training.batch=6"))  # of no weight's width
         shapes = {tuple(p.shape) for n, p in trainer.network.named_parameters() if p.dim() > 1 and "map_" not in n}
         trainer.step(0)
+        monkeypatch.setattr(trainer.optimizer, "step", lambda **_: None)  # the reference widens gradients
         with Casts() as casts:
             trainer.step(6)
         counts.append(sum(shape in shapes for shape in casts.shapes))
