@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastambient_kernels.flops  # noqa: F401  # so that our operators are counted
 from fastambient import models
 from fastambient_kernels import _native, conv2d
 
