@@ -24,6 +24,14 @@ SHAPES = [  # n, in, out, height, width, kernel
     (3, 24, 24, 8, 8, 3),  # neighbouring pixels, for want of samples
     (17, 24, 48, 4, 4, 3),  # two groups of samples, and one left
     (12, 48, 72, 8, 8, 3),
+    (70, 24, 32, 4, 4, 3),  # by spectra: more samples than their products take at once
+    (16, 8, 16, 4, 4, 3),
+    (33, 16, 40, 8, 8, 3),
+    (18, 16, 24, 16, 16, 3),
+    (35, 64, 64, 16, 16, 3),  # by 18 samples
+    (15, 16, 24, 16, 16, 3),  # too few samples for spectra
+    (16, 12, 24, 8, 8, 3),  # channels that do not come in eights
+    (16, 24, 16, 8, 4, 3),  # pictures that are not square
     (9, 96, 32, 5, 2, 3),  # 4 vectors of outputs: 2 and 2
     (64, 1, 24, 8, 8, 3),  # a picture comes in
     (64, 24, 1, 8, 8, 3),  # and leaves
@@ -131,8 +139,9 @@ def test_without_gradients(nan_filled, monkeypatch):
 
 
 @native
-def test_a_sample_is_the_same_in_every_batch():
-    x, w, b, dy = inputs(19, 24, 24, 4, 8, 3)
+@pytest.mark.parametrize("height", [4, 8])
+def test_a_sample_is_the_same_in_every_batch(height):
+    x, w, b, dy = inputs(19, 24, 24, height, 8, 3)
     whole = gradients(conv2d, dy, x, w, b)[:2]
     for part in (slice(0, 1), slice(3, 14), slice(18, 19)):
         alone = gradients(conv2d, dy[part], x[part], w, b)[:2]
@@ -141,8 +150,12 @@ def test_a_sample_is_the_same_in_every_batch():
 
 @native
 @pytest.mark.parametrize(
-    "shape", [(19, 40, 50, 20, 12, 3), (3, 40, 50, 20, 12, 3), (64, 24, 24, 4, 4, 3), (70, 96, 24, 8, 8, 1)]
-)
+    "shape",
+    [
+        (19, 40, 50, 20, 12, 3), (3, 40, 50, 20, 12, 3), (64, 20, 24, 4, 4, 3), (70, 96, 24, 8, 8, 1),
+        (64, 24, 24, 4, 4, 3), (75, 24, 40, 8, 8, 3), (21, 16, 24, 16, 16, 3),  # by spectra
+    ],
+)  # fmt: skip
 def test_threads_change_no_bit(shape):
     x, w, b, dy = inputs(*shape)
     before = torch.get_num_threads()
@@ -155,6 +168,25 @@ def test_threads_change_no_bit(shape):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@native
+@pytest.mark.parametrize("h", [4, 8, 16])
+def test_spectra_see_no_neighbour(nan_filled, h):
+    """What is not finite stays in its sample; an impulse in a corner reaches the pixels around it and no other border."""
+    x, w, b, dy = inputs(19, 8, 16, h, h, 3)
+    broken = x.clone()
+    broken[5] = float("nan")
+    y = conv2d(broken, w, b, impl="native")
+    assert y[5].isnan().all()
+    others = [n for n in range(19) if n != 5]
+    torch.testing.assert_close(y[others], conv2d(x, w, b, impl="native")[others], rtol=0, atol=0)
+    impulse = torch.zeros_like(x)
+    impulse[:, 3, 0, h - 1] = 1.0
+    found = conv2d(impulse, w, None, impl="native")
+    right = F.conv2d(impulse.double(), w.double(), padding=1)
+    assert right[:, :, 2:].abs().max() == right[:, :, :, : h - 2].abs().max() == 0
+    assert (found.double() - right).abs().max() <= 1e-6 * right.abs().max()
 
 
 @native

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "conv_vector.h"
 #include "convolution.h"
 
 namespace fastambient {
@@ -14,22 +15,12 @@ namespace FA_KERNEL_NAMESPACE(FA_ISA) {
 namespace {
 
 #if defined(__AVX512VL__)
-constexpr int kWidth = 8, kOut = 8;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8, kOut = 4;
+constexpr int kOut = 8;
 #else
-constexpr int kWidth = 4, kOut = 4;
+constexpr int kOut = 4;
 #endif
 constexpr int kVectors = 3;
 constexpr int64_t kChunk = 256;  // pixels that are summed in one register
-
-typedef float Vector __attribute__((vector_size(kWidth * 4)));
-
-inline Vector load_vector(const float* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 // Whole samples, or some rows of one.
 struct Chunk {
@@ -206,7 +197,7 @@ void conv_weight_slot(const ConvWeightJob& job, int64_t slot, int64_t begin, int
                         : outs == 4 ? run_of<4>(vectors)
                         : outs == 2 ? run_of<2>(vectors)
                                     : run_of<1>(vectors);
-        run(p, to, stride, ins, index == from);
+        run(p, to, stride, ins, index == from && !job.added);
         p.dy += outs, to += outs * stride, left -= outs;
       }
     }

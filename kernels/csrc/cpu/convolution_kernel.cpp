@@ -9,6 +9,7 @@
 #include <cstring>
 #include <utility>
 
+#include "conv_vector.h"
 #include "convolution.h"
 
 namespace fastambient {
@@ -16,23 +17,13 @@ namespace FA_KERNEL_NAMESPACE(FA_ISA) {
 namespace {
 
 #if defined(__AVX512VL__)
-constexpr int kWidth = 8, kPixels = 8;  // 24 and 72 channels fill vectors of 8, and there are 32 registers of them
-#elif defined(__AVX2__)
-constexpr int kWidth = 8, kPixels = 4;
+constexpr int kPixels = 8;
 #else
-constexpr int kWidth = 4, kPixels = 4;
+constexpr int kPixels = 4;
 #endif
 constexpr int kVectors = 3;
 constexpr int64_t kFlat = 32 * 1024;    // floats of x and y that a 1x1 kernel works on at once
 constexpr int64_t kCopied = 96 * 1024;  // floats of a thread's copies of rows: they stay in the second cache
-
-typedef float Vector __attribute__((vector_size(kWidth * 4)));
-
-inline Vector load_vector(const float* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -241,6 +232,11 @@ int64_t conv_scratch_floats(const ConvolutionJob& job) {
   return copies + (job.height * sizeof(float*) + job.taps() * sizeof(Run)) / sizeof(float) + 16;
 }
 
+int64_t conv_block_channels(int64_t out, int64_t first) {
+  for (int64_t b = 0;; ++b)
+    if (const Block block = block_of(out, b); block.first == first) return block.vectors * kWidth;
+}
+
 void conv_pack(const ConvolutionJob& job) {
   const int64_t taps = job.taps(), length = taps * job.in;
   for_blocks(job, [&](const Block& block, float* to, int64_t outs) {
@@ -301,6 +297,20 @@ void conv_rows(const ConvolutionJob& job, int64_t begin, int64_t end, float* scr
     const int64_t count = std::min({band(job, padded_row(job)), job.height - top, end - row});
     one_sample(job, row / job.height, top, top + count, copy, rows);
     row += count;
+  }
+}
+
+void conv_products(const ConvolutionJob& job, int64_t points, int64_t panel_floats, int64_t floats) {
+  const Run run{0, 0, job.in};
+  ConvolutionJob point = job;
+  for (int64_t p = 0; p < points; ++p, point.panels += panel_floats, point.x += floats, point.y += floats) {
+    for_blocks(point, [&](const Block& block, const float* panel, int64_t outs) {
+      Tile tile{{point.x}, {point.y + block.first}, job.in, job.out, outs, &run, 1};
+      for (int64_t n = 0; n < job.samples; n += kPixels) {
+        compute<kPixels>(block, panel, tile);
+        tile.from[0] += kPixels * job.in, tile.to[0] += kPixels * job.out;
+      }
+    });
   }
 }
 

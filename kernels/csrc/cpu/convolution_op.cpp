@@ -1,6 +1,7 @@
 // convolution and conv_weight on the CPU: checks, threads, registration. Python allocates every output.
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +17,61 @@ using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 32768;               // added elements that are worth a thread
 constexpr int64_t kWork = 1000 * 1000;          // multiplications that are
+constexpr int64_t kSpectra = 1 << 21, kValues = 1 << 20;  // numbers of spectra: of weights, and of pictures at a time
 constexpr int64_t kSlots = 8, kSums = 1 << 20;  // most slots, and floats of all their sums
+
+// Where spectra are faster than pixels: so many samples are worth the spectra of the weights, which must not leave the
+// caches.
+template <typename Job>
+bool is_spectral(const Job& job, int64_t samples) {
+  const bool square = job.height == job.width && (job.height == 4 || job.height == 8 || job.height == 16);
+  return job.kernel == 3 && square && job.in % 8 == 0 && job.out % 8 == 0 && job.samples >= samples &&
+         job.in * job.out * (job.height + 1) * (job.height + 1) <= kSpectra;
+}
+
+// Each thread takes the spectra of the weights for itself: for small ones to pass between threads takes longer.
+void spectral_convolution(const ConvolutionJob& job) {
+  const int64_t groups = (job.samples + kSpectralGroup - 1) / kSpectralGroup;
+  const int64_t weights = FA_CALL(conv_spectra_floats, job), scratch = FA_CALL(conv_spectral_scratch_floats, job);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch own;
+    float* spectra = own.take(weights + scratch);
+    FA_CALL(conv_spectra, job, spectra);
+    for (int64_t n = begin * kSpectralGroup; n < std::min(end * kSpectralGroup, job.samples); n += kSpectralGroup)
+      FA_CALL(conv_spectral, job, spectra, n, std::min(job.samples, n + kSpectralGroup), spectra + weights);
+  });
+}
+
+// Threads share samples, then points, then output channels: each sum is one thread's.
+void spectral_conv_weight(const ConvWeightJob& job, float* bias) {
+  ConvWeightJob chunk = job;
+  const int64_t points = FA_CALL(conv_weight_points, job);
+  const int64_t most = std::clamp<int64_t>(kValues / (points * (job.in + job.out)), 16, 64);
+  chunk.samples = std::min(job.samples, most);
+  const int64_t x_floats = FA_CALL(conv_weight_values_floats, chunk, job.in);
+  const int64_t dy_floats = FA_CALL(conv_weight_values_floats, chunk, job.out);
+  thread_local Scratch all;
+  float* x = all.take(x_floats + dy_floats + FA_CALL(conv_weight_spectra_floats, job));
+  float *dy = x + x_floats, *spectra = dy + dy_floats;
+  std::vector<double> bias_sums(bias ? job.out : 0);
+  for (int64_t first = 0; first < job.samples; first += most) {
+    const int64_t pixel = first * job.height * job.width;
+    chunk.samples = std::min(job.samples - first, most), chunk.x = job.x + pixel * job.in;
+    chunk.dy = job.dy + pixel * job.out;
+    torch::stable::parallel_for(0, chunk.samples, 1, [&](int64_t begin, int64_t end) {
+      FA_CALL(conv_weight_spectra, chunk, begin, end, x, dy);
+    });
+    torch::stable::parallel_for(0, points, 1, [&](int64_t begin, int64_t end) {
+      FA_CALL(conv_weight_products, chunk, x, dy, begin, end, first > 0, spectra);
+    });
+    for (int64_t n = 0; bias && n < chunk.samples; ++n)  // a spectrum's first number is the sum over pixels
+      for (int64_t o = 0; o < job.out; ++o) bias_sums[o] += dy[n * job.out + o];
+  }
+  torch::stable::parallel_for(0, job.out, kGrain / (points * job.in) + 1, [&](int64_t begin, int64_t end) {
+    FA_CALL(conv_weight_synthesis, job, spectra, begin, end);
+  });
+  for (int64_t o = 0; bias && o < job.out; ++o) bias[o] = static_cast<float>(bias_sums[o]);
+}
 
 void convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed,
                  const Tensor& y) {
@@ -34,6 +89,7 @@ void convolution(const Tensor& x, const Tensor& weight, const std::optional<Tens
   thread_local Scratch panels;
   job.panels = panels.take(FA_CALL(conv_panel_floats, job));
   FA_CALL(conv_pack, job);
+  if (is_spectral(job, 16)) return spectral_convolution(job);
   const int64_t scratch = FA_CALL(conv_scratch_floats, job);
   const int64_t work = job.width * job.in * std::max<int64_t>(job.out, 8) * job.taps();  // a row's, in whole vectors
   torch::stable::parallel_for(0, job.samples * job.height, kWork / work + 1, [&](int64_t begin, int64_t end) {
@@ -54,6 +110,7 @@ void conv_weight(const Tensor& x, const Tensor& dy, const Tensor& d_weight, cons
                       job.kernel % 2 == 1,
                   "conv_weight: d_weight must be [out, in, k, k] with k odd");
   float* bias = d_bias ? channel_values(*d_bias, job.out, "conv_weight: d_bias") : nullptr;
+  if (is_spectral(job, 32)) return spectral_conv_weight(job, bias);
   job.slots = 1;
   while (job.slots < kSlots && 2 * job.slots <= FA_CALL(conv_weight_chunks, job) &&
          2 * job.slots * job.weights() <= kSums)
