@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastambient_kernels.ambient as ambient
-from fastambient_kernels import _native, ambient_loss, ambient_noise, normal
+from fastambient_kernels import _native, _registration, ambient_loss, ambient_noise, normal
 
 pytestmark = pytest.mark.skipif(
     _native.missing("ambient_noise") is not None, reason=f"no native library: {_native.missing('ambient_noise')}"
@@ -189,5 +189,6 @@ def test_named_implementations_are_never_replaced(monkeypatch):
     reference = ambient_noise(*data, **KEYS).net_input
     assert torch.equal(reference, ambient_noise(*data, impl="reference", **KEYS).net_input)
     monkeypatch.setattr(_native, "missing", lambda operator, device="cpu": "taken away")
+    monkeypatch.setattr(_registration, "_chosen", {})  # where it was missing from the start
     with pytest.raises(RuntimeError, match="taken away"):
         ambient_noise(*data, impl="native", **KEYS)

@@ -33,6 +33,7 @@ _FAST_DTYPES = (torch.float32, torch.bfloat16)
 
 _library = torch.library.Library("fastambient", "DEF")
 _announced: set[str] = set()
+_chosen: dict[tuple[str, str, str, torch.device, torch.dtype | None], str] = {}  # what `choose` found
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -85,18 +86,32 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | 
     ValueError : no such implementation
     RuntimeError : it was asked for by name and is not available here; says why
     """
+    asked = os.environ.get("FASTAMBIENT_IMPL", "auto") if impl == "auto" else impl
+    if torch.compiler.is_compiling():
+        return _choose(operator, impl, asked, device, dtype)
+    key = operator, impl, asked, device, dtype
+    taken = _chosen.get(key)
+    if taken is None:
+        taken = _choose(operator, impl, asked, device, dtype)
+        if taken == "native":  # loaded or not at import; whether Triton runs on a CPU is a matter of the environment
+            _chosen[key] = taken
+    return taken
+
+
+def _choose(operator: str, impl: str, asked: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    """asked : `impl`, or what FASTAMBIENT_IMPL says in place of "auto" """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto" and device.type == "meta" and (dtype is None or dtype in _FAST_DTYPES):
         return "triton"  # shapes alone, for which its fake serves: what is counted is a GPU's work, whatever is here
-    if impl == "auto":
-        impl = os.environ.get("FASTAMBIENT_IMPL", "auto")
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"FASTAMBIENT_IMPL must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl != "auto":
-        if reason := unavailable(operator, impl, device, dtype):
-            raise RuntimeError(f"{operator}: impl={impl!r} is not available: {reason}")
-        return impl
+    if asked not in IMPLEMENTATIONS:
+        raise ValueError(f"FASTAMBIENT_IMPL must be one of {', '.join(IMPLEMENTATIONS)}, got {asked!r}")
+    if impl == "auto" and asked == "triton" and operator == "conv2d":
+        return "reference"  # a GPU's convolutions are its own library's: there is nothing to ask for
+    if asked != "auto":
+        if reason := unavailable(operator, asked, device, dtype):
+            raise RuntimeError(f"{operator}: impl={asked!r} is not available: {reason}")
+        return asked
     first_reason = None
     for taken in ("native",) if device.type == "cpu" else ("triton", "native"):
         reason = unavailable(operator, taken, device, dtype)
@@ -129,10 +144,10 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def once(ctx: Any, *grads: Tensor) -> Any:
+        if not torch.is_grad_enabled():  # no create_graph
+            return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # no create_graph
-            return outputs
         every = outputs if isinstance(outputs, tuple) else (outputs,)
         refused = torch._C._functions.DelayedError(
             "fastambient_kernels: fast operators have no second derivative (group_norm_silu: impl='reference' has)",

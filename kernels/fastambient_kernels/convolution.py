@@ -43,8 +43,6 @@ On a GPU all three are cuDNN's, so there is no Triton form.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,13 +65,14 @@ def is_small(x: Tensor, weight: Tensor) -> bool:
     There the library's kernels spend their time on the border and on being called. On large ones both reach the same
     share of the processor's peak, and a 1x1 kernel of a large picture is bound by memory.
     """
-    return weight.numel() <= _MOST_WEIGHTS and x.shape[2] * x.shape[3] <= _MOST_PIXELS * weight.shape[2] ** 2
+    shape = x.shape
+    return weight.numel() <= _MOST_WEIGHTS and shape[2] * shape[3] <= _MOST_PIXELS * weight.shape[2] ** 2
 
 
 def _empty_picture(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     n, _, height, width = x.shape
-    shape = (n, weight.shape[1 if transposed else 0], height, width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAST)
+    channels = weight.shape[1 if transposed else 0]  # as separate numbers: a tuple takes torch half a microsecond more
+    return torch.empty(n, channels, height, width, dtype=x.dtype, device=x.device, memory_format=_LAST)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -88,9 +87,9 @@ convolution = register(
 
 
 def _empty_weight(x: Tensor, dy: Tensor, kernel: int, bias: bool) -> tuple[Tensor, Tensor]:
-    shape = (dy.shape[1], x.shape[1], kernel, kernel)
-    d_weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAST)
-    return d_weight, x.new_empty(dy.shape[1] if bias else 0)
+    out, channels = dy.shape[1], x.shape[1]
+    d_weight = torch.empty(out, channels, kernel, kernel, dtype=x.dtype, device=x.device, memory_format=_LAST)
+    return d_weight, x.new_empty(out if bias else 0)
 
 
 def _run_weight(x: Tensor, dy: Tensor, kernel: int, bias: bool) -> tuple[Tensor, Tensor]:
@@ -124,7 +123,8 @@ class _Convolution(torch.autograd.Function):
         dx = d_weight = d_bias = None
         dy = dy.contiguous(memory_format=_LAST)  # it may be expanded, or in another format
         kernel = weight.shape[-1]
-        if ctx.needs_input_grad[0]:
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        if wants_x:
             if ctx.ours:
                 dx = convolution(dy, weight.contiguous(memory_format=_LAST), None, True)
             else:
@@ -133,9 +133,9 @@ class _Convolution(torch.autograd.Function):
                 dx = torch.ops.aten.convolution_backward(dy, x, weight, None, one, pad, one, False, (0, 0), 1, only_x)[
                     0
                 ]
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_weight, d_bias = conv_weight(x.contiguous(memory_format=_LAST), dy, kernel, ctx.needs_input_grad[2])
-        return dx, d_weight, d_bias if ctx.needs_input_grad[2] else None, None
+        if wants_weight or wants_bias:
+            d_weight, d_bias = conv_weight(x.contiguous(memory_format=_LAST), dy, kernel, wants_bias)
+        return dx, d_weight, d_bias if wants_bias else None, None
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
@@ -159,21 +159,21 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     ValueError : a kernel that is even or not square
     RuntimeError : the implementation that was asked for is not available here, or shapes do not fit
     """
-    kernel = weight.shape[-1]
-    if weight.dim() != 4 or weight.shape[2] != kernel or kernel % 2 == 0:
-        raise ValueError(f"weight must be [O, C, k, k] with k odd, got {list(weight.shape)}")
-    ours = True
+    shape = weight.shape  # each look at a tensor is time
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] % 2 == 0:
+        raise ValueError(f"weight must be [O, C, k, k] with k odd, got {list(shape)}")
+    ours, dtype = True, x.dtype
     if impl == "auto":
+        here = dtype == weight.dtype == torch.float32 and x.is_cpu and x.dim() == 4
         # Autocast may give torch's convolution another dtype than the one that is seen here.
-        wide = x.dtype != torch.float32 or weight.dtype != x.dtype or x.device.type != "cpu" or x.dim() != 4
-        if wide or os.environ.get("FASTAMBIENT_IMPL") == "triton" or torch.is_autocast_enabled("cpu"):
+        if not here or torch.is_autocast_enabled("cpu"):
             return reference(x, weight, bias)
         ours = is_small(x, weight)
-        if kernel == 1 and not ours:
+        if shape[2] == 1 and not ours:
             return reference(x, weight, bias)
-    elif impl == "native" and x.dtype != torch.float32:
-        raise RuntimeError(f"conv2d: impl='native' is not available: it computes in float32, not {x.dtype}")
-    if choose("conv2d", impl, x.device, x.dtype) == "reference" or x.numel() == 0:
+    elif impl == "native" and dtype != torch.float32:
+        raise RuntimeError(f"conv2d: impl='native' is not available: it computes in float32, not {dtype}")
+    if choose("conv2d", impl, x.device, dtype) == "reference" or x.numel() == 0:
         return reference(x, weight, bias)
     if not torch.is_grad_enabled():
         return _forward(x, weight, bias, ours)

@@ -63,19 +63,20 @@ def _empty_forward(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
     groups: int, eps: float, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    statistics = (x.shape[0], groups)
-    return torch.empty_like(x), weight.new_empty(statistics), weight.new_empty(statistics)
+    n = x.shape[0]
+    return torch.empty_like(x), weight.new_empty(n, groups), weight.new_empty(n, groups)
 
 
 def _empty_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
     shift: Tensor | None, add: Tensor | None, groups: int, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    per_sample = x.shape[:2]
+    n, channels = x.shape[0], x.shape[1]
     # A registered operator always returns tensors: empty ones where there is no such input. d_shift, the sum of dw, is
     # always made: other sums are made of it.
-    d_scale, d_add = (weight.new_empty(per_sample if v is not None else 0) for v in (scale, add))
-    d_shift = weight.new_empty(per_sample)
+    d_scale = weight.new_empty(0) if scale is None else weight.new_empty(n, channels)
+    d_add = weight.new_empty(0) if add is None else weight.new_empty(n, channels)
+    d_shift = weight.new_empty(n, channels)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), d_scale, d_shift, d_add
 
 
@@ -140,17 +141,16 @@ class _GroupNormSiLU(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y, mean, rstd = _forward_ops[impl](x, weight, bias, scale, shift, add, groups, eps, silu)
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
-        ctx.settings = groups, silu, impl
+        ctx.groups, ctx.silu, ctx.impl = groups, silu, impl
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx, dy: Tensor):  # type: ignore[override]
         x, mean, rstd, weight, bias, scale, shift, add = ctx.saved_tensors
-        groups, silu, impl = ctx.settings
         dy = dy.contiguous(memory_format=memory_format_of(x))  # it may be expanded, or in another format
-        dx, d_weight, d_bias, d_scale, d_shift, d_add = _backward_ops[impl](
-            dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu
+        dx, d_weight, d_bias, d_scale, d_shift, d_add = _backward_ops[ctx.impl](
+            dy, x, mean, rstd, weight, bias, scale, shift, add, ctx.groups, ctx.silu
         )
         return (
             dx, d_weight, d_bias, None if scale is None else d_scale, None if shift is None else d_shift,
@@ -199,44 +199,50 @@ def group_norm_silu(
     TypeError, ValueError : shapes or dtypes that do not fit
     RuntimeError : the implementation that was asked for is not available here
     """
-    if x.dim() < 2 or not x.is_floating_point():
-        raise TypeError(f"x must be float [N, C, ...], got {x.dtype} {list(x.shape)}")
-    n, channels = x.shape[:2]
+    shape, dtype = x.shape, x.dtype  # each look at a tensor is time
+    if len(shape) < 2 or not dtype.is_floating_point:
+        raise TypeError(f"x must be float [N, C, ...], got {dtype} {list(shape)}")
+    n, channels = shape[0], shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"{groups} groups cannot share {channels} channels equally")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    for name, value, shape in (
-        ("weight", weight, (channels,)), ("bias", bias, (channels,)), ("scale", scale, (n, channels)),
-        ("shift", shift, (n, channels)), ("add", add, (n, channels)),
-    ):  # fmt: skip
-        if value is None:
-            continue
-        if value.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be float, got {value.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{name} must be on x's device, {x.device}, not on {value.device}")
-    wide = torch.float64 in (x.dtype, weight.dtype)
-    if wide and impl == "auto":
-        impl = "reference"
-    taken = choose("group_norm_silu", impl, x.device, torch.float64 if wide else x.dtype)
+    _check("weight", weight, (channels,), x)
+    _check("bias", bias, (channels,), x)
+    for name, value in (("scale", scale), ("shift", shift), ("add", add)):
+        if value is not None:
+            _check(name, value, (n, channels), x)
+    if dtype == torch.float64 or weight.dtype == torch.float64:
+        dtype = torch.float64
+        if impl == "auto":
+            impl = "reference"
+    taken = choose("group_norm_silu", impl, x.device, dtype)
     if taken == "reference" or x.numel() == 0:
         return reference(x, weight, bias, groups, eps, scale, shift, add, silu)
     # Casts are differentiable: parameters of another dtype get their gradient in it.
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
-    scale, shift, add = (None if v is None else _rows(v.float()) for v in (scale, shift, add))
+    scale = None if scale is None else _rows(scale)
+    shift = None if shift is None else _rows(shift)
+    add = None if add is None else _rows(add)
     x = x.contiguous(memory_format=memory_format_of(x))
-    arguments = x, weight, bias, scale, shift, add, groups, eps, silu
     if not torch.is_grad_enabled():  # sampling: autograd's part of a call would cost as much as a small norm
-        return _forward_ops[taken](*arguments)[0]
-    return _GroupNormSiLU.apply(*arguments, taken)
+        return _forward_ops[taken](x, weight, bias, scale, shift, add, groups, eps, silu)[0]
+    return _GroupNormSiLU.apply(x, weight, bias, scale, shift, add, groups, eps, silu, taken)
+
+
+def _check(name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be float, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on x's device, {x.device}, not on {value.device}")
 
 
 def _rows(v: Tensor) -> Tensor:
-    """Rows side by side; views of a wider tensor (a chunk of an affine layer's output) stay as they are."""
-    return v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous()
+    """In float32, rows side by side; views of a wider tensor (a part of an affine layer's output) stay as they are."""
+    v = v.float()
+    return v if v.is_contiguous() or v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous()
 
 
 class GroupNormSiLU(nn.Module):

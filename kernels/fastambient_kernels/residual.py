@@ -83,18 +83,17 @@ for _impl in ("native", "triton"):
 class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, bias: Tensor | None, scale: float, impl: str) -> Tensor:  # type: ignore[override]
-        ctx.settings = scale, impl, memory_format_of(y)
+        ctx.scale, ctx.impl, ctx.memory_format = scale, impl, memory_format_of(y)
         return _ops[impl](y, x, bias, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):  # type: ignore[override]
-        scale, impl, memory_format = ctx.settings
-        bias = ctx.needs_input_grad[2]
+        scale, bias = ctx.scale, ctx.needs_input_grad[2]
         d, d_bias = dy, None
         if bias or scale != 1:
-            dy = dy.contiguous(memory_format=memory_format)  # it may be expanded, or in another format
-            scaled, d_bias = _backward_ops[impl](dy, scale, bias)
+            dy = dy.contiguous(memory_format=ctx.memory_format)  # it may be expanded, or in another format
+            scaled, d_bias = _backward_ops[ctx.impl](dy, scale, bias)
             d = dy if scale == 1 else scaled
         return d, d, d_bias if bias else None, None, None
 
@@ -119,23 +118,25 @@ def residual(y: Tensor, x: Tensor, bias: Tensor | None = None, scale: float = 1.
     TypeError, ValueError : shapes or dtypes that do not fit
     RuntimeError : the implementation that was asked for is not available here
     """
-    if y.dim() < 2 or not y.is_floating_point() or not x.is_floating_point():
-        raise TypeError(f"y and x must be float [N, C, ...], got {y.dtype} {list(y.shape)} and {x.dtype}")
-    if x.shape != y.shape:
-        raise ValueError(f"x must be {list(y.shape)} as y is, got {list(x.shape)}")
-    if bias is not None and bias.shape != y.shape[1:2]:
-        raise ValueError(f"bias must be [{y.shape[1]}], got {list(bias.shape)}")
-    dtype = torch.promote_types(y.dtype, x.dtype)
+    shape, dtype = y.shape, y.dtype  # each look at a tensor is time
+    if len(shape) < 2 or not dtype.is_floating_point or not x.dtype.is_floating_point:
+        raise TypeError(f"y and x must be float [N, C, ...], got {dtype} {list(shape)} and {x.dtype}")
+    if x.shape != shape:
+        raise ValueError(f"x must be {list(shape)} as y is, got {list(x.shape)}")
+    if bias is not None and bias.shape != (shape[1],):
+        raise ValueError(f"bias must be [{shape[1]}], got {list(bias.shape)}")
+    if x.dtype != dtype:
+        dtype = torch.promote_types(dtype, x.dtype)
+        y, x = y.to(dtype), x.to(dtype)
     if dtype == torch.float64 and impl == "auto":
         impl = "reference"
     taken = choose("residual", impl, y.device, dtype)
-    y, x = y.to(dtype), x.to(dtype)
     if taken == "reference" or y.numel() == 0:
         return reference(y, x, bias, scale)
     memory_format = memory_format_of(y)
     y, x = y.contiguous(memory_format=memory_format), x.contiguous(memory_format=memory_format)
-    bias = None if bias is None else bias.float().contiguous()  # differentiable: a gradient in its own dtype
-    scale = float(scale)
+    if bias is not None:
+        bias = bias.float().contiguous()  # differentiable: a gradient in its own dtype
     if not torch.is_grad_enabled():  # sampling: autograd's part of a call would cost as much as a small pass
-        return _ops[taken](y, x, bias, scale)
-    return _Residual.apply(y, x, bias, scale, taken)
+        return _ops[taken](y, x, bias, float(scale))
+    return _Residual.apply(y, x, bias, float(scale), taken)
