@@ -10,14 +10,14 @@ strong      what a careful engineer does with torch alone, none of our operators
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastambient.models.blocks import UNetBlock
+from fastambient.models.blocks import BlockEmbeddings, UNetBlock
 from fastambient.models.layers import Conv2d, DropoutKey, GroupNorm
 
 Network = Callable[..., Tensor]
@@ -57,10 +57,11 @@ class _PlainGroupNorm(GroupNorm):
         silu: bool = True,
     ) -> Tensor:  # fmt: skip
         if add is not None:
-            x = x + add[:, :, None, None]
+            x = x + add[:, :, None, None].to(x.dtype)
         x = F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         if scale is not None and shift is not None:
-            x = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None] + 1)
+            scale, shift = (v[:, :, None, None].to(x.dtype) for v in (scale, shift))
+            x = torch.addcmul(shift, x, scale + 1)
         return F.silu(x) if silu else x
 
 
@@ -118,18 +119,24 @@ class _SeparateBlock(UNetBlock):
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         y = self.conv0(self.norm0(x))
-        params = self.affine(emb)
         if self.adaptive_scale:
-            scale, shift = params.chunk(2, dim=1)
+            scale, shift = emb.chunk(2, dim=1)
             y = self.norm1(y, scale=scale, shift=shift)
         else:
-            y = self.norm1(y, add=params)
+            y = self.norm1(y, add=emb)
         y = self.conv1(self.dropout(y, key))
         x = self._rescaled(y + (x if self.skip is None else self.skip(x)))
         return self._rescaled(x + self._attend(x) + self.proj.bias[:, None, None]) if self.heads else x
 
     def _rescaled(self, x: Tensor) -> Tensor:
         return x if self.skip_scale == 1 else x * self.skip_scale
+
+
+class _SeparateEmbeddings(BlockEmbeddings):
+    """A product for each block, without the bias that `_SeparateBlock` adds by itself."""
+
+    def forward(self, emb: Tensor) -> Iterable[Tensor]:
+        return (block.affine(emb) for block in self.blocks)
 
 
 class _PlainBlock(_SeparateBlock):
@@ -144,8 +151,18 @@ class _PlainBlock(_SeparateBlock):
         return self.proj(a.reshape(n, channels, height, width), with_bias=False)
 
 
-REFERENCE = {GroupNorm: _PlainGroupNorm, Conv2d: _PlainConv2d, UNetBlock: _PlainBlock}
-TORCH = {GroupNorm: _PlainGroupNorm, Conv2d: _TorchConv2d, UNetBlock: _SeparateBlock}
+REFERENCE = {
+    GroupNorm: _PlainGroupNorm,
+    Conv2d: _PlainConv2d,
+    UNetBlock: _PlainBlock,
+    BlockEmbeddings: _SeparateEmbeddings,
+}
+TORCH = {
+    GroupNorm: _PlainGroupNorm,
+    Conv2d: _TorchConv2d,
+    UNetBlock: _SeparateBlock,
+    BlockEmbeddings: _SeparateEmbeddings,
+}
 
 
 def rearranged(network: nn.Module, layers: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:

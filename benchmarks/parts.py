@@ -25,7 +25,7 @@ from baselines import REFERENCE, TORCH, FusedAdam, rearranged, two_regime_loss
 from torch import Tensor, nn
 
 from fastambient.data import Batch
-from fastambient.models.blocks import UNetBlock
+from fastambient.models.blocks import BlockEmbeddings, UNetBlock
 from fastambient.models.layers import Conv2d, Dropout, DropoutKey, GroupNorm
 from fastambient.models.presets import PRESETS
 from fastambient.training.loop import Trainer
@@ -112,19 +112,21 @@ def _formulas(trainer: Trainer) -> None:
     trainer.step.forward = _Formulas(trainer)  # type: ignore[method-assign]
 
 
-def _layer(kind: type[nn.Module], arrangement: Mapping[type[nn.Module], type[nn.Module]]) -> Callable[[Trainer], None]:
+def _layer(
+    arrangement: Mapping[type[nn.Module], type[nn.Module]], *kinds: type[nn.Module]
+) -> Callable[[Trainer], None]:
     def take_out(trainer: Trainer) -> None:
-        rearranged(trainer.step.network, {kind: arrangement[kind]})
+        rearranged(trainer.step.network, {kind: arrangement[kind] for kind in kinds})
 
     return take_out
 
 
 PARTS: dict[str, Callable[[Trainer], None]] = {
     "channels-last": _contiguous,
-    "group_norm_silu": _layer(GroupNorm, REFERENCE),
-    "conv2d and resample": _layer(Conv2d, TORCH),
-    "residual": _layer(UNetBlock, TORCH),
-    "residual and attention": _layer(UNetBlock, REFERENCE),
+    "group_norm_silu": _layer(REFERENCE, GroupNorm),
+    "conv2d and resample": _layer(TORCH, Conv2d),
+    "residual": _layer(TORCH, UNetBlock, BlockEmbeddings),  # and biases, and the blocks' embeddings
+    "residual and attention": _layer(REFERENCE, UNetBlock, BlockEmbeddings),
     "dropout": _torch_dropout,
     "noise+loss": _formulas,
     "AdamEMA": _torch_adam,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fastambient.errors import InputError
 from fastambient.models import build
-from fastambient.models.blocks import BlockStyle, UNetBlock, scaled_dot_product, with_bf16_weights
+from fastambient.models.blocks import BlockStyle, UNetBlock, keep_joined, scaled_dot_product, with_bf16_weights
 from fastambient.models.layers import Conv2d, GroupNorm, Init, PositionalEmbedding
 
 DDPMPP = {
@@ -122,6 +122,7 @@ def test_bf16_weights_are_what_autocast_makes_of_them(config):
     for p in network.parameters():
         p.add_(0.1 * torch.randn_like(p))
     made = with_bf16_weights(network)
+    keep_joined(made)
     size = config["img_resolution"]
     x, c_noise, labels = torch.randn(2, 3, size, size), torch.randn(2), torch.eye(3)[:2]
     with torch.autocast("cpu", torch.bfloat16):
@@ -133,6 +134,36 @@ def test_bf16_weights_are_what_autocast_makes_of_them(config):
     assert big == {name for name, dtype in kinds.items() if dtype is torch.bfloat16}
     theirs = dict(network.named_parameters())
     assert all(p is theirs[name] for name, p in made.named_parameters() if name not in big)
+    assert made.block_embeddings.joined[0].dtype is torch.bfloat16
+    assert network.block_embeddings.joined is None
+
+
+@pytest.mark.parametrize("config", [DDPMPP, NCSNPP, ADM])
+def test_each_block_has_its_own_layer_of_the_embedding(config):
+    """One product gives it what its layer alone would, and the layer the same gradients."""
+    network = build(config).double()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    seen, blocks = {}, [m for m in network.modules() if isinstance(m, UNetBlock)]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda m, given: seen.update({m: given[1]}))
+    network.block_embeddings.register_forward_pre_hook(lambda m, given: seen.update({m: given[0]}))
+    size = config["img_resolution"]
+    network(torch.randn(2, 3, size, size).double(), torch.randn(2).double())
+    emb = seen.pop(network.block_embeddings)
+    assert list(seen) == blocks
+    for block, found in seen.items():
+        right = block.affine(emb) + (0 if block.adaptive_scale else block.conv0.bias)
+        torch.testing.assert_close(found, right)
+        dy, leaves = torch.randn_like(right), (emb, block.affine.weight, block.affine.bias)
+        for a, b in zip(*(torch.autograd.grad(y, leaves, dy, retain_graph=True) for y in (found, right)), strict=True):
+            torch.testing.assert_close(a, b)
+    first = None
+    for _ in range(2):  # gradients that shared memory would be added to twice
+        network(torch.ones(2, 3, size, size).double(), torch.zeros(2).double()).square().sum().backward()
+        first = first or {p: p.grad.clone() for p in network.parameters()}
+    for p, g in first.items():
+        torch.testing.assert_close(p.grad, 2 * g)
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 65])

@@ -32,6 +32,7 @@ def passes(net, *, key=(11, positions())):
         out = net(x, c, labels, None, key)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     size = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
+    size -= net.block_embeddings.join()[0].nbytes  # weights, too
     out.square().sum().backward()
     return out.detach(), [x.grad, *(p.grad.clone() for p in net.parameters())], size
 

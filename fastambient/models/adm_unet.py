@@ -12,7 +12,7 @@ from itertools import count
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastambient.models.blocks import BlockStyle, UNetBlock
+from fastambient.models.blocks import BlockEmbeddings, BlockStyle, UNetBlock
 from fastambient.models.layers import (
     Conv2d,
     DropoutKey,
@@ -117,6 +117,7 @@ class DhariwalUNet(nn.Module):
                 attention = res in attn_resolutions
                 self.dec[f"{res}x{res}_block{i}"] = block(width + skips.pop(), widths[level], attention=attention)
                 width = widths[level]
+        self.block_embeddings = BlockEmbeddings(m for m in self.modules() if isinstance(m, UNetBlock))
         self.out_norm = GroupNorm(width, _EPS)
         self.out_conv = Conv2d(width, img_channels, 3, _INIT_ZERO)
 
@@ -129,25 +130,25 @@ class DhariwalUNet(nn.Module):
         dropout_key: DropoutKey | None = None,
     ) -> Tensor:
         """The raw output F; parameters as in `fastambient.models.song_unet.SongUNet.forward`."""
-        emb = self._embed(c_noise, class_labels, augment_labels, dropout_key)
+        emb = iter(self.block_embeddings(self._embed(c_noise, class_labels, augment_labels, dropout_key)))
         skips = []
         for res in self.resolutions:
             if res == self.resolutions[0]:
                 x = self.enc[f"{res}x{res}_conv"](x)
             else:
-                x = self.enc[f"{res}x{res}_down"](x, emb, dropout_key)
+                x = self.enc[f"{res}x{res}_down"](x, next(emb), dropout_key)
             skips.append(x)
             for i in range(self.num_blocks):
-                x = self.enc[f"{res}x{res}_block{i}"](x, emb, dropout_key)
+                x = self.enc[f"{res}x{res}_block{i}"](x, next(emb), dropout_key)
                 skips.append(x)
         for res in reversed(self.resolutions):
             if res == self.resolutions[-1]:
-                x = self.dec[f"{res}x{res}_in0"](x, emb, dropout_key)
-                x = self.dec[f"{res}x{res}_in1"](x, emb, dropout_key)
+                x = self.dec[f"{res}x{res}_in0"](x, next(emb), dropout_key)
+                x = self.dec[f"{res}x{res}_in1"](x, next(emb), dropout_key)
             else:
-                x = self.dec[f"{res}x{res}_up"](x, emb, dropout_key)
+                x = self.dec[f"{res}x{res}_up"](x, next(emb), dropout_key)
             for i in range(self.num_blocks + 1):
-                x = self.dec[f"{res}x{res}_block{i}"](x, emb, dropout_key, skips.pop())
+                x = self.dec[f"{res}x{res}_block{i}"](x, next(emb), dropout_key, skips.pop())
         return self.out_conv(self.out_norm(x))
 
     def _embed(

@@ -1,14 +1,15 @@
 """The residual block of both U-Nets, with attention, activation checkpointing and regional compilation.
 
 The architecture is that of EDM (Karras et al. 2022, Appendix F). The arrangement of the arithmetic is ours: attention
-is one fused call over [N, H*W, C] tokens, a residual branch ends in one pass with all biases.
+is one fused call over [N, H*W, C] tokens, a residual branch ends in one pass with all biases, and the blocks' layers of
+the embedding are one product.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +88,9 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, s.init_zero)
 
     def forward(self, x: Tensor, emb: Tensor, key: DropoutKey | None, skip: Tensor | None = None) -> Tensor:
-        """x [N, in_channels, H, W], emb [N, emb_channels] -> [N, out_channels, H', W'].
+        """x [N, in_channels, H, W] -> [N, out_channels, H', W'].
 
+        emb : what `BlockEmbeddings` has for this block
         skip : the last channels of in_channels where x holds the first ones alone
         """
         if not (self.recompute and torch.is_grad_enabled()):
@@ -108,9 +110,9 @@ class UNetBlock(nn.Module):
     def _begin(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv0(self.norm0(x), with_bias=False)
         if self.adaptive_scale:
-            scale, shift = self.affine(emb).chunk(2, dim=1)
+            scale, shift = emb.chunk(2, dim=1)
             return self.norm1(y, add=self.conv0.bias.expand(len(y), -1), scale=scale, shift=shift)
-        return self.norm1(y, add=self.affine(emb, more=self.conv0.bias))
+        return self.norm1(y, add=emb)  # conv0's bias is in it
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         y = self.conv1(y, with_bias=False)
@@ -133,6 +135,42 @@ class UNetBlock(nn.Module):
         y = scaled_dot_product(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
         y = F.linear(y, self.proj.weight.flatten(1))
         return y.transpose(1, 2).unflatten(2, (height, width))
+
+
+class BlockEmbeddings(nn.Module):
+    """What each block adds of the embedding, or scales and shifts by: the blocks' `affine` layers as one product.
+
+    One at a time, each is a call for a few rows. It has no parameters of its own.
+
+    Attributes
+    ----------
+    joined : weight and bias of the product where they are kept, by `keep_joined`
+    """
+
+    joined: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, blocks: Iterable[UNetBlock]) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)  # not as modules, whose parameters would have a second name
+
+    def forward(self, emb: Tensor) -> Iterable[Tensor]:
+        """emb [N, emb_channels] -> for each block in order [N, out_channels], with its first convolution's bias, or
+        with `adaptive_scale` [N, 2*out_channels]: views of one tensor."""
+        weight, bias = self.joined or self.join()
+        y = F.linear(emb, weight, bias)
+        if y.dtype is torch.bfloat16:
+            y = y.float()  # which the norms would make of each part
+        return y.split([len(block.affine.weight) for block in self.blocks], dim=1)
+
+    def join(self) -> tuple[Tensor, Tensor]:
+        weight = torch.cat([block.affine.weight for block in self.blocks])
+        biases = [block.affine.bias for block in self.blocks]
+        if self.blocks[0].adaptive_scale:
+            return weight, torch.cat(biases)  # type: ignore[arg-type]
+        # One tensor for both kinds: of a sum of two, both would be handed the same memory as their gradients, and what
+        # is added to one of them in place, by a second micro-batch, would be added to the other.
+        biases += [block.conv0.bias for block in self.blocks]
+        return weight, torch.cat(biases).unflatten(0, (2, -1)).sum(0)  # type: ignore[arg-type]
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -160,6 +198,14 @@ def with_bf16_weights(module: nn.Module) -> nn.Module:
             weight: nn.Parameter = cast.weight  # type: ignore[assignment]
             memo[id(weight)] = nn.Parameter(weight.detach().bfloat16(), requires_grad=weight.requires_grad)
     return copy.deepcopy(module, memo)
+
+
+def keep_joined(module: nn.Module) -> None:
+    """Join the weights of the blocks' embeddings once, for use without gradients while they stay as they are."""
+    for layer in module.modules():
+        if isinstance(layer, BlockEmbeddings):
+            weight, bias = layer.join()
+            layer.joined = weight.detach(), bias.detach()
 
 
 def recompute_levels(network: nn.Module, levels: int) -> None:

@@ -9,7 +9,7 @@ Source: Karras et al. 2022 (EDM), Appendix F.3 and Table 7.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastambient.errors import InputError, did_you_mean
-from fastambient.models.blocks import BlockStyle, UNetBlock
+from fastambient.models.blocks import BlockEmbeddings, BlockStyle, UNetBlock
 from fastambient.models.layers import (
     Conv2d,
     DropoutKey,
@@ -159,6 +159,7 @@ class SongUNet(nn.Module):
                     self.dec[f"{res}x{res}_aux_up"] = picture_conv(img_channels, img_channels, 0, "up")
                 self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(width, _EPS)
                 self.dec[f"{res}x{res}_aux_conv"] = picture_conv(width, img_channels, 3, init=_INIT_ZERO)
+        self.block_embeddings = BlockEmbeddings(m for m in self.modules() if isinstance(m, UNetBlock))
 
     def forward(
         self,
@@ -178,7 +179,7 @@ class SongUNet(nn.Module):
         augment_labels : float [N, augment_dim], None for no augmentation
         dropout_key : (run seed, positions int64 [N]): dropout is a function of them; None takes torch's generator
         """
-        emb = self._embed(c_noise, class_labels, augment_labels, dropout_key)
+        emb = iter(self.block_embeddings(self._embed(c_noise, class_labels, augment_labels, dropout_key)))
         x, skips = self._encode(x, emb, dropout_key)
         return self._decode(x, skips, emb, dropout_key)
 
@@ -197,13 +198,13 @@ class SongUNet(nn.Module):
             emb = emb + self.map_augment(augment_labels.to(emb.dtype))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def _encode(self, x: Tensor, emb: Tensor, key: DropoutKey | None) -> tuple[Tensor, list[Tensor]]:
+    def _encode(self, x: Tensor, emb: Iterator[Tensor], key: DropoutKey | None) -> tuple[Tensor, list[Tensor]]:
         picture, skips = x, []
         for res in self.resolutions:
             if res == self.resolutions[0]:
                 x = self.enc[f"{res}x{res}_conv"](x)
             else:
-                x = self.enc[f"{res}x{res}_down"](x, emb, key)
+                x = self.enc[f"{res}x{res}_down"](x, next(emb), key)
                 if self.encoder_type == "skip":
                     picture = self.enc[f"{res}x{res}_aux_down"](picture)
                     x = x + self.enc[f"{res}x{res}_aux_skip"](picture)
@@ -211,20 +212,20 @@ class SongUNet(nn.Module):
                     x = picture = (x + self.enc[f"{res}x{res}_aux_residual"](picture)) * math.sqrt(0.5)
             skips.append(x)
             for i in range(self.num_blocks):
-                x = self.enc[f"{res}x{res}_block{i}"](x, emb, key)
+                x = self.enc[f"{res}x{res}_block{i}"](x, next(emb), key)
                 skips.append(x)
         return x, skips
 
-    def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, key: DropoutKey | None) -> Tensor:
+    def _decode(self, x: Tensor, skips: list[Tensor], emb: Iterator[Tensor], key: DropoutKey | None) -> Tensor:
         picture: Tensor | None = None
         for res in reversed(self.resolutions):
             if res == self.resolutions[-1]:
-                x = self.dec[f"{res}x{res}_in0"](x, emb, key)
-                x = self.dec[f"{res}x{res}_in1"](x, emb, key)
+                x = self.dec[f"{res}x{res}_in0"](x, next(emb), key)
+                x = self.dec[f"{res}x{res}_in1"](x, next(emb), key)
             else:
-                x = self.dec[f"{res}x{res}_up"](x, emb, key)
+                x = self.dec[f"{res}x{res}_up"](x, next(emb), key)
             for i in range(self.num_blocks + 1):
-                x = self.dec[f"{res}x{res}_block{i}"](x, emb, key, skips.pop())
+                x = self.dec[f"{res}x{res}_block{i}"](x, next(emb), key, skips.pop())
             if self.decoder_type == "skip" or res == self.resolutions[0]:
                 y = self.dec[f"{res}x{res}_aux_conv"](self.dec[f"{res}x{res}_aux_norm"](x))
                 picture = y if picture is None else y + self.dec[f"{res}x{res}_aux_up"](picture)

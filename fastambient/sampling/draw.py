@@ -18,7 +18,7 @@ from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.diffusion.guidance import ClassDenoiser, GuidedDenoiser
 from fastambient.diffusion.samplers import dpmpp_2m, heun
 from fastambient.errors import InputError
-from fastambient.models.blocks import with_bf16_weights
+from fastambient.models.blocks import keep_joined, with_bf16_weights
 from fastambient.pictures import to_uint8
 from fastambient.sampling.graph import GraphedDenoiser
 from fastambient.sampling.plan import chosen_settings, guidance_weight
@@ -106,6 +106,7 @@ def sample(
 
         if precision == "bf16":
             model = with_bf16_weights(model)  # type: ignore[assignment]
+            keep_joined(model)  # of the copy
 
         def D(x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
             with torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16"):
