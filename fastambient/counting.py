@@ -46,6 +46,7 @@ class Counts:
     forward: Pass
     step: Pass  # forward and backward
     activations: float  # bytes an image that are kept for the backward pass
+    joined: int  # parameters of the blocks' embedding layers, of which a step makes one more tensor
     convolution_shape: tuple[tuple[int, ...], tuple[int, ...]]  # [C, H, W], [O, C, k, k] of the one with most FLOPs
 
 
@@ -164,4 +165,5 @@ def count(config: Mapping[str, Any], *, bf16: bool = False, checkpoint_levels: i
         for (conv, product, moved, calls), (conv2, product2, moved2, _) in zip(one, two, strict=True)
     )
     shape = meter.shapes.most_common(1)[0][0] if meter.shapes else ((1, 1, 1), (1, 1, 1, 1))
-    return Counts(sum(p.numel() for p in network.parameters()), forward, step, kept_two - kept, shape)
+    joined = sum(m.affine.weight.numel() for m in network.modules() if isinstance(m, UNetBlock))
+    return Counts(sum(p.numel() for p in network.parameters()), forward, step, kept_two - kept, joined, shape)

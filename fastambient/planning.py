@@ -235,11 +235,13 @@ def make_plan(
 
 
 def memory(counts: Counts, *, images: int, casts: bool, ranks: int) -> float:
-    """Bytes of a rank that takes `images` at once: state, autocast's casts, all-reduce buckets, activations.
+    """Bytes of a rank that takes `images` at once: state, autocast's casts, all-reduce buckets, joined weights (float32;
+    half of it where weights are bfloat16), activations.
 
     casts : of weights, in bf16 with several micro-batches
     """
-    return counts.parameters * (STATE_BYTES + 2 * casts + 4 * (ranks > 1)) + images * counts.activations
+    state = counts.parameters * (STATE_BYTES + 2 * casts + 4 * (ranks > 1))
+    return state + 4 * counts.joined + images * counts.activations
 
 
 def _products(work: Pass, machine: Machine) -> float:

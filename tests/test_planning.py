@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 TINY = {"model_type": "SongUNet", "img_channels": 2, "img_resolution": 8, "model_channels": 8, "num_blocks": 1,
         "channel_mult": [1, 2], "attn_resolutions": [], "dropout": 0.1}  # fmt: skip
 COUNTS = Counts(
-    parameters=1000, forward=Pass(3e9, 1e9, 2e6, 0, 50), step=Pass(9e9, 3e9, 5e6, 1e5, 120), activations=7e5,
+    parameters=1000, forward=Pass(3e9, 1e9, 2e6, 0, 50), step=Pass(9e9, 3e9, 5e6, 1e5, 120), activations=7e5, joined=100,
     convolution_shape=((4, 8, 8), (4, 4, 3, 3)),
 )  # fmt: skip
 MACHINE = Machine(
@@ -87,7 +87,9 @@ def test_flops_and_activations_are_those_of_a_real_pass(monkeypatch):
     assert images * found.forward.convolution == sum(flops.get(kind, 0) for kind in kinds)
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
-    kept -= network.block_embeddings.join()[0].nbytes  # weights, too: paid once, however many images
+    joined = network.block_embeddings.join()[0]
+    kept -= joined.nbytes  # weights, too: paid once, however many images
+    assert found.joined == joined.numel() > 0
     assert images * found.activations == pytest.approx(kept, rel=0.05)
     half = count(TINY, bf16=True)
     assert half.forward.flops == found.forward.flops
@@ -110,7 +112,7 @@ def test_attention_is_one_operator(monkeypatch):
 def test_the_plan_written_out():
     p = make_plan(COUNTS, MACHINE, ranks=4, batch=64, kimg=3, bf16=True, batch_gpu=4)
     rounds, share = 4, 16
-    assert p.memory == 1000 * (20 + 2 + 4) + 4 * 7e5
+    assert p.memory == 1000 * (20 + 2 + 4) + 100 * 4 + 4 * 7e5
     assert p.checkpoint == 16 * 1000 and p.sent == 2 * 3 / 4 * 4 * 1000
     assert p.traffic == share * 5e6 + rounds * 1e5 + rounds * 12 * 1000 + 36 * 1000
     assert p.convolution == share * 9e9 / 1e12 and p.product == share * 3e9 / 2e12 and p.bytes == p.traffic / 1e11
@@ -119,7 +121,7 @@ def test_the_plan_written_out():
     assert p.rate == 64 / p.step and p.seconds == pytest.approx(3000 / p.rate)
     assert p.joules == pytest.approx(500 * 4 * p.seconds)
     alone = make_plan(COUNTS, MACHINE, ranks=1, batch=16, kimg=3, bf16=False)
-    assert alone.memory == 20 * 1000 + 16 * 7e5 and alone.sent == alone.communication == 0
+    assert alone.memory == 20 * 1000 + 4 * 100 + 16 * 7e5 and alone.sent == alone.communication == 0
     assert make_plan(COUNTS, MACHINE, ranks=2, batch=16, kimg=3, bf16=False).communication == 4000 / 8e9
 
     slow = replace(MACHINE, network=Rate(1.0, ""))  # 6,000 s of all-reduce, of which backward hides its own length

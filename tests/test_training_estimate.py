@@ -157,7 +157,7 @@ def test_the_largest_micro_batch_that_is_predicted_to_fit(monkeypatch):
     """State, activations and data set by hand, against nine tenths of the memory that there is."""
     settings = resolve(resolution=32, assignments=["training.batch=48"])
     counts = count(network_config(settings, channels=3, num_classes=0))
-    need = {n: 20 * counts.parameters + n * counts.activations + 10**6 for n in (1, 12, 16, 24, 48)}
+    need = {n: 20 * counts.parameters + 4 * counts.joined + n * counts.activations + 10**6 for n in (1, 12, 16, 24, 48)}
     for images, bytes_ in need.items():
         found, text = fit(bytes_ / 0.9 + 1, monkeypatch)
         assert found == images and f"{images} of a rank's 48 images at once" in text and "GiB" in text
@@ -190,7 +190,9 @@ def test_batch_auto_keeps_the_batch_and_its_numbers(tmp_path, monkeypatch, capsy
     counts = count(network_config(resolve(resolution=8, assignments=small), channels=1, num_classes=0))
     data = 100 * 64
     monkeypatch.setattr(
-        estimate, "available_memory", lambda: (20 * counts.parameters + 2 * counts.activations + 1797 * 64 + data) / 0.9
+        estimate,
+        "available_memory",
+        lambda: (20 * counts.parameters + 4 * counts.joined + 2 * counts.activations + 1797 * 64 + data) / 0.9,
     )
     stats = []
     for name, fitted in (("whole", False), ("fitted", True)):
