@@ -235,8 +235,8 @@ def make_plan(
 
 
 def memory(counts: Counts, *, images: int, casts: bool, ranks: int) -> float:
-    """Bytes of a rank that takes `images` at once: state, autocast's casts, all-reduce buckets, joined weights (float32;
-    half of it where weights are bfloat16), activations.
+    """Bytes of a rank that takes `images` at once: state, autocast's casts, all-reduce buckets, joined weights (as of
+    float32; bfloat16 ones take half), activations.
 
     casts : of weights, in bf16 with several micro-batches
     """

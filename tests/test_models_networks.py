@@ -166,11 +166,12 @@ def test_each_block_has_its_own_layer_of_the_embedding(config):
         torch.testing.assert_close(p.grad, 2 * g)
 
 
+@pytest.mark.parametrize("pictures", [2, 16])  # the fused kernel, and products
 @pytest.mark.parametrize("tokens", [16, 64, 65])
-def test_attention_in_bfloat16_is_as_exact_as_its_rounding(tokens):
+def test_attention_in_bfloat16_is_as_exact_as_its_rounding(tokens, pictures):
     """Under autocast, which must not bring few tokens back into bfloat16; gradients too."""
     make = torch.Generator().manual_seed(tokens)
-    held = [torch.randn(2, 3, tokens, 32, generator=make).bfloat16() for _ in range(4)]
+    held = [torch.randn(pictures, 3, tokens, 32, generator=make).bfloat16() for _ in range(4)]
     found = []
     for dtype in (torch.bfloat16, torch.float64):
         q, k, v = leaves = [t.to(dtype).requires_grad_() for t in held[:3]]
@@ -184,19 +185,20 @@ def test_attention_in_bfloat16_is_as_exact_as_its_rounding(tokens):
         assert error < (2**-9 if tokens <= 64 else 2**-7), error
 
 
-def test_attention_equals_its_definition_over_several_heads():
+@pytest.mark.parametrize("pictures", [2, 16])
+def test_attention_equals_its_definition_over_several_heads(pictures):
     style = BlockStyle(
         emb_channels=8, init=Init("xavier_uniform"), init_zero=Init("xavier_uniform"), init_attn=Init("xavier_uniform"),
         dropout=0.0, channels_per_head=16, adaptive_scale=True, resample_proj=False, skip_scale=1.0, eps=1e-5,
     )  # fmt: skip
     block = UNetBlock(48, 48, style, 1, attention=True).double()
     assert block.heads == 3
-    x = torch.randn(2, 48, 4, 4, dtype=torch.float64)
+    x = torch.randn(pictures, 48, 4, 4, dtype=torch.float64)
     normed = F.group_norm(x, 12, eps=1e-5)
-    q, k, v = F.conv2d(normed, block.qkv.weight).reshape(2, 3, 16, 3, 16).unbind(3)  # [N, head, channel, pixel]
+    q, k, v = F.conv2d(normed, block.qkv.weight).reshape(pictures, 3, 16, 3, 16).unbind(3)  # [N, head, channel, pixel]
     attention = torch.einsum("nhcq,nhck->nhqk", q, k / 4).softmax(dim=-1)
-    mixed = torch.einsum("nhqk,nhck->nhcq", attention, v).reshape(2, 48, 4, 4)
-    torch.testing.assert_close(block._attend(x), F.conv2d(mixed, block.proj.weight))
+    mixed = torch.einsum("nhqk,nhck->nhcq", attention, v).reshape(pictures, 48, 4, 4)
+    torch.testing.assert_close(block._attend(x), F.conv2d(mixed, block.proj.weight), rtol=1e-10, atol=1e-10)
 
 
 def test_norm_has_its_own_epsilon_groups_and_modulation():
