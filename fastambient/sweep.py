@@ -166,6 +166,10 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
             _create(request, cell, number, store, out / cell.name)
         todo = [cell for cell in planned if not _measured(request, out / cell.name)]
         say(f"{out}: {len(planned)} cells, {len(planned) - len(todo)} of them finished; data {store.path}")
+        asked = {cell.name for cell in planned}
+        others = sorted(p.parent.name for p in out.glob("*/config.yaml") if p.parent.name not in asked)
+        if others:
+            say(f"not asked for now, and so not among the results: {', '.join(others)}")
         if todo:
             _run_all(request, todo, out)
         results = [result_of_cell(c.kind, c.sigma_tn, c.seed, out / c.name, request.features) for c in planned]

@@ -6,7 +6,8 @@ training images less that among equally many held-out images. The smallest, beca
 detail, and too much of it turns back into EDM. TARGET 0.05: with 1,000 samples a rate of 5 % has a 95 % interval of
 +- 1.4 %, so that it can be told from 0, and at most one sample in twenty is a copy; WITHIN 0.10: about what the
 distance differs between seeds in small sets. Where plain EDM meets it, 0 is chosen: it does not copy at this length.
-Where none meets it, none is chosen, and the summary says what was missed.
+Where none meets it, none is chosen, and the summary says what was missed. Models whose samples look like no real image
+copy nothing either, and are never chosen.
 
 Where every run was audited while it trained, a second question is answered: how good is each at the audit of the least
 distance among those that copy at most TARGET. That is early stopping for all, at the same copying.
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from scipy.stats import t as student
 
 from fastambient.evaluation.memorization import bootstrap_interval
+from fastambient.evaluation.report_figures import doubt
 from fastambient.training import checkpoint
 from fastambient.training.audits import excess
 from fastambient.training.run import RunFolder
@@ -41,6 +43,7 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
 
     fd : of `features` where metrics.json has it, else in pixel space; `fd_space` says which
     kimg : images that the weights have seen; below `kimg_trained` where the stop rule went back
+    doubt : why a low copy rate says nothing here, "" where it does
     audits : kimg, samples, excess and fd (in pixel space) of each audit while it trained
     """
     metrics = json.loads((path / "metrics.json").read_text())
@@ -57,7 +60,7 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
         "samples": metrics["counts"]["samples"], "rate": m["gap_ratio"]["rate"], "ci95": m["gap_ratio"]["ci95"],
         "train_rate": matched, "holdout_rate": m["gap_ratio"]["holdout_rate"],
         "excess": matched - m["gap_ratio"]["holdout_rate"], "fd": spaces[space]["value"], "fd_space": space,
-        "train_fd": spaces[space].get("train_vs_reference"), "audits": [
+        "train_fd": spaces[space].get("train_vs_reference"), "doubt": doubt(metrics), "audits": [
             {n: row[n] for n in ("kimg", "samples", "fd")} | {"excess": excess(row)}
             for row in RunFolder(path).read_audits()
         ],
@@ -109,6 +112,7 @@ def summarize(cells: Sequence[dict[str, Any]], *, target: float, within: float) 
             found["rate"]["interval"] = list(bootstrap_interval(hits))
         if len({c["excess"] for c in rows}) == 1:
             found["excess"]["interval"] = None
+        found["doubt"] = next((c["doubt"] for c in rows if c.get("doubt")), "")
         best = [c["best"] for c in rows]
         found["best"] = {n: over_seeds([b[n] for b in best]) for n in ("kimg", "excess", "fd")} if all(best) else None
         configurations.append(found)
@@ -127,7 +131,8 @@ def choose(configurations: Sequence[dict[str, Any]], *, target: float, within: f
     swept = sorted((c for c in configurations if c["kind"] in ("edm", "ambient")), key=lambda c: c["sigma_tn"])
     best = min((c["fd"]["mean"] for c in swept), default=math.nan)
     limit = best * (1 + within)
-    few = [c for c in swept if c["excess"]["mean"] <= target]
+    few = [c for c in swept if c["excess"]["mean"] <= target and not c["doubt"]]
+    doubtful = [c for c in swept if c["doubt"]]
     meets = [c for c in few if c["fd"]["mean"] <= limit]
     if meets:
         chosen: float | None = meets[0]["sigma_tn"]
@@ -140,6 +145,9 @@ def choose(configurations: Sequence[dict[str, Any]], *, target: float, within: f
             closest = min(few, key=lambda c: c["fd"]["mean"])
             reason = f"none: those that copy so little have an FD of {closest['fd']['mean']:.4g} (sigma_tn"
             reason += f" {closest['sigma_tn']:g}) or more, above {limit:.4g}"
+        elif doubtful:
+            reason = f"none: sigma_tn {', '.join(format(c['sigma_tn'], 'g') for c in doubtful)}: {doubtful[0]['doubt']}"
+            reason = reason.removesuffix(".") + "; train longer"
         elif swept:
             closest = min(swept, key=lambda c: c["excess"]["mean"])
             reason = f"none: the fewest copies are {100 * closest['excess']['mean']:.1f} % (sigma_tn"

@@ -66,6 +66,16 @@ def test_folder_is_recursive_sorted_and_lossless(tmp_path):
     assert [item.name for item in source.read()] == [name for name, _, _ in items]  # can be read again
 
 
+def test_one_picture_beside_the_folders_takes_their_classes_and_is_named(tmp_path, capsys):
+    png = encoded(picture(0))
+    make_folder(tmp_path, {"dog/1.png": png, "cat/1.png": png, "top.png": png})
+    assert open_source(tmp_path).class_names is None
+    err = capsys.readouterr().err
+    assert "its 2 folders are no classes, because 1 of 3 images lie beside them, top.png for one" in err
+    (tmp_path / "top.png").unlink()
+    assert open_source(tmp_path).class_names == ["cat", "dog"] and "no classes" not in capsys.readouterr().err
+
+
 def test_labels_from_sub_folders(tmp_path):
     png = encoded(picture(0))
     make_folder(tmp_path, {"dog/1.png": png, "cat/x/2.png": png, "cat/1.png": png})

@@ -76,5 +76,8 @@ def test_published_recipes():
 
 def test_the_default_preset_follows_the_resolution():
     assert [default_preset(r) for r in (8, 16, 32, 64)] == ["digits", "small16", "small32", "small64"]
-    with pytest.raises(InputError, match=r"fits 48x48 .* 8 \(digits\), 16 \(small16\), 32 \(small32\), 64 \(small64\)"):
+    with pytest.raises(
+        InputError,
+        match=r"fits 48x48 .* prepare them at --resolution 8 \(digits\), 16 \(small16\), 32 \(small32\), 64 \(small64\)",
+    ):
         default_preset(48)

@@ -45,6 +45,18 @@ def chosen(*levels: tuple[float, float, float], target: float = 0.05, within: fl
     return choose(summarize(rows, target=target, within=within)["configurations"], target=target, within=within)
 
 
+def test_a_model_that_draws_no_real_image_is_never_chosen():
+    """It copies nothing, either."""
+    rows = [row("edm", 0, 0, 0.0, 17.0), row("ambient", 0.2, 0, 0.0, 18.0)]
+    assert summarize(rows, target=0.05, within=0.1)["chosen"]["sigma_tn"] == 0
+    rows[0]["doubt"] = rows[1]["doubt"] = "Precision is 0.00 (pixels): hardly a sample looks like a real image."
+    found = summarize(rows, target=0.05, within=0.1)["chosen"]
+    assert found["sigma_tn"] is None and "sigma_tn 0, 0.2: Precision is 0.00" in found["reason"]
+    assert found["reason"].endswith("real image; train longer")
+    rows[1]["doubt"] = ""
+    assert summarize(rows, target=0.05, within=0.1)["chosen"]["sigma_tn"] == 0.2
+
+
 def test_the_rule_takes_the_smallest_level_that_copies_little_and_is_as_good():
     found = chosen((0, 0.6, 1.5), (0.1, 0.2, 1.5), (0.2, 0.04, 1.6), (0.4, 0.01, 1.6))
     assert found["sigma_tn"] == 0.2 and "4.0 % copies at FD 1.6" in found["reason"]

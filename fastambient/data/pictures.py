@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastambient.console import progress
+from fastambient.console import progress, warn
 from fastambient.data.archives import ZIP_ERRORS, Files
 from fastambient.data.decode import BadEntry, is_grey, use_image
 from fastambient.data.items import (
@@ -152,7 +152,13 @@ def _read_labels(files: Files, images: list[str]) -> tuple[dict[str, int] | None
         above = _common_folder(images)
         inside = [name[len(above) :] for name in images]
         folders = {name.split("/")[0] for name in inside if "/" in name}
-        if len(folders) < 2 or not all("/" in name for name in inside):
+        if len(folders) < 2:
+            return None, None
+        if loose := [name for name, short in zip(images, inside, strict=True) if "/" not in short]:
+            warn(
+                f"{files.path}: its {len(folders)} folders are no classes, because {len(loose)} of {len(images)} images"
+                f" lie beside them, {loose[0]} for one"
+            )
             return None, None
         class_names = sorted(folders)
         number = {folder: i for i, folder in enumerate(class_names)}

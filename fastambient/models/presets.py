@@ -138,7 +138,7 @@ def default_preset(resolution: int) -> str:
     if resolution not in _BY_RESOLUTION:
         fitting = ", ".join(f"{pixels} ({name})" for pixels, name in _BY_RESOLUTION.items())
         raise InputError(
-            f"no default preset fits {resolution}x{resolution} images; choose --resolution {fitting}, "
+            f"no default preset fits {resolution}x{resolution} images; prepare them at --resolution {fitting}, "
             f"or name a preset: {', '.join(PRESETS)}"
         )
     return _BY_RESOLUTION[resolution]
