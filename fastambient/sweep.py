@@ -3,7 +3,8 @@
 DIR/store         the prepared data set (unless a STORE was given)      DIR/logs/   what each cell's commands said
 DIR/NAME/         a run folder a cell: EDM or ambient diffusion at one sigma_tn and seed, or a baseline
 DIR/sweep.json    every cell's and every configuration's numbers, the rule and the chosen sigma_tn
-DIR/table.md  DIR/pareto.svg  DIR/pareto.png  DIR/report.html
+DIR/table.md  DIR/pareto.svg  DIR/pareto.png
+DIR/report.html   the choice, curve and table, and the figures and pictures of every configuration's first seed
 
 A cell is trained, sampled and measured as by ``train --resume``, ``sample`` and ``evaluate``, in a process of its own
 (sweep_cell.py). The same command goes on where the last one ended: finished cells are kept, unfinished ones resumed.
@@ -34,7 +35,16 @@ from fastambient.errors import FastambientError, InputError, did_you_mean
 from fastambient.files import refuse_existing, write_bytes, write_json
 from fastambient.processes import die_with_parent
 from fastambient.sweep_cell import MEASURED, SAMPLES, marker
-from fastambient.sweep_results import WITHIN, cell_line, result_of_cell, summarize, table
+from fastambient.sweep_results import (
+    COLUMNS,
+    WITHIN,
+    cell_line,
+    choice,
+    result_of_cell,
+    rows_for_people,
+    summarize,
+    table,
+)
 from fastambient.training.config import Settings, check_sigma_tn
 from fastambient.training.loop import Interrupted
 from fastambient.training.run import RunFolder
@@ -360,7 +370,7 @@ def _settings_of(request: SweepRequest, store: Store) -> dict[str, Any]:
 
 def _write(request: SweepRequest, planned: list[Cell], summary: dict[str, Any], out: Path) -> None:
     """sweep.json, table, curve, and the page with the first seed of every configuration."""
-    from fastambient.evaluation.report import write_report
+    from fastambient.evaluation.report import SweepReport, write_report
     from fastambient.evaluation.run import evaluate_run
     from fastambient.sweep_plot import plot_pareto
 
@@ -375,4 +385,14 @@ def _write(request: SweepRequest, planned: list[Cell], summary: dict[str, Any], 
         for c in planned
         if c.seed == request.seeds[0]
     ]
-    write_report(out / "report.html", runs, title=f"fastambient sweep: {request.data}, seed {request.seeds[0]}")
+    chosen = summary["chosen"]
+    found = SweepReport(
+        choice(summary),
+        chosen["reason"],
+        chosen["rule"],
+        COLUMNS,
+        rows_for_people(summary),
+        (out / "pareto.png").read_bytes(),
+    )
+    title = f"fastambient sweep: {request.data}; pictures of seed {request.seeds[0]}"
+    write_report(out / "report.html", runs, title=title, sweep=found)

@@ -169,20 +169,32 @@ def number(found: dict[str, Any]) -> str:
     return text if interval is None else f"{text} ({interval[0]:.4g} to {interval[1]:.4g})"
 
 
+COLUMNS = ("model", "sigma_tn", "seeds", "copies", "less the control", "held-out control", "FD to held-out", "kimg")
+
+
+def rows_for_people(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row of `COLUMNS` a configuration."""
+    return [
+        (
+            KINDS[c["kind"]], f"{c['sigma_tn']:g}", str(len(c["seeds"])), percent(c["rate"]), percent(c["excess"]),
+            f"{100 * c['holdout_rate']['mean']:.1f} %", number(c["fd"]), f"{c['kimg']['mean']:g}",
+        )
+        for c in summary["configurations"]
+    ]  # fmt: skip
+
+
+def choice(summary: dict[str, Any]) -> str:
+    """The chosen sigma_tn, or none."""
+    level = summary["chosen"]["sigma_tn"]
+    return "none" if level is None else format(level, "g")
+
+
 def table(summary: dict[str, Any]) -> str:
     """Markdown: a row a configuration, what the numbers are, and the choice."""
     cells = summary["cells"]
     samples = cells[0]["samples"]
-    lines = [
-        "| model | sigma_tn | seeds | copies | less the control | held-out control | FD to held-out | kimg |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for c in summary["configurations"]:
-        lines.append(
-            f"| {KINDS[c['kind']]} | {c['sigma_tn']:g} | {len(c['seeds'])} | {percent(c['rate'])} |"
-            f" {percent(c['excess'])} | {100 * c['holdout_rate']['mean']:.1f} % | {number(c['fd'])} |"
-            f" {c['kimg']['mean']:g} |"
-        )
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines += [f"| {' | '.join(row)} |" for row in rows_for_people(summary)]
     seeds = max(len(c["seeds"]) for c in summary["configurations"])
     over = (
         "Student's 95 % intervals of the mean over seeds (where these agree, of all their samples)"
@@ -198,8 +210,7 @@ def table(summary: dict[str, Any]) -> str:
         f" Frechet distance, {cells[0]['fd_space']} space{own}. Lower is better in both. Less"
         " copying is no privacy guarantee.",
         "",
-        f"Chosen sigma_tn: **{'none' if chosen['sigma_tn'] is None else format(chosen['sigma_tn'], 'g')}**"
-        f" ({chosen['reason']}). Rule: {chosen['rule']}.",
+        f"Chosen sigma_tn: **{choice(summary)}** ({chosen['reason']}). Rule: {chosen['rule']}.",
         "",
     ]
     if audited:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import os
 import re
@@ -23,7 +25,7 @@ from fastambient.errors import FastambientError, InputError
 from fastambient.sweep import SweepRequest, cells, sweep
 from fastambient.sweep_cell import main as cell_main
 from fastambient.sweep_cell import run_cell
-from fastambient.sweep_results import choose, over_seeds, summarize, table
+from fastambient.sweep_results import choice, choose, over_seeds, summarize, table
 from fastambient.training.checkpoint import checkpoints
 from fastambient.training.run import RunFolder
 
@@ -238,7 +240,12 @@ def here(monkeypatch):
     monkeypatch.setattr(sweeping, "_POLL_SECONDS", 0)
     monkeypatch.setattr("fastambient.evaluation.run.write_report", lambda *a, **k: None)  # of each run
     monkeypatch.setattr("fastambient.training.audits_plot.plot_audits", lambda *a, **k: None)
-    monkeypatch.setattr(sweep_plot, "plot_pareto", lambda path, summary: path.with_suffix(".svg").write_text("drawn"))
+
+    def plot_pareto(path, summary):
+        for suffix in (".svg", ".png"):
+            path.with_suffix(suffix).write_text("drawn")
+
+    monkeypatch.setattr(sweep_plot, "plot_pareto", plot_pareto)
 
 
 def asked(**changed) -> SweepRequest:
@@ -269,6 +276,11 @@ def test_finished_cells_are_kept_and_others_are_refused(tmp_path, here, capsys):
         assert (out / name).is_file()
     report = (out / "report.html").read_text()
     assert "edm-seed0" in report and "early-stop-seed0" in report
+    assert f"Chosen sigma_tn: {choice(summary)}</p>" in report
+    assert html.escape(summary["chosen"]["reason"], quote=True).replace("&#x27;", "&#39;") in report
+    assert base64.b64encode((out / "pareto.png").read_bytes()).decode() in report
+    assert "<td>fresh noise</td><td>0.2</td><td>1</td>" in report
+    assert "of edm-seed0 (sigma_tn 0) and" not in report, "the choice is compared, not the lowest and the highest run"
     settings = RunFolder(out / "fresh-noise-0.2-seed0").read_settings()
     assert settings.noise.mode == "fresh" and settings.training.sample_kimg == 0
     assert RunFolder(out / "early-stop-seed0").read_settings().training.audit_kimg == pytest.approx(0.0016)

@@ -23,7 +23,7 @@ from fastambient.evaluation.report_gallery import gallery_data, is_copy, most_co
 from fastambient.files import write_bytes
 from fastambient.pictures import grid, png_bytes
 
-__all__ = ["RunReport", "fd_note", "nearest_pairs", "write_report"]
+__all__ = ["RunReport", "SweepReport", "fd_note", "nearest_pairs", "write_report"]
 
 _GRID = 64  # unselected samples of a run
 _CONTROL_PAIRS = 6  # samples beside their nearest held-out images
@@ -56,8 +56,20 @@ class RunReport:
         return self.evaluation.metrics
 
 
-def write_report(path: Path, runs: Sequence[RunReport], *, title: str) -> None:
-    """Write one self-contained HTML file about one or more runs. `title` and the runs' names are escaped.
+@dataclass(frozen=True)
+class SweepReport:
+    """What a sweep found, above its runs: the chosen sigma_tn, why and by what rule, a table, and the curve as PNG."""
+
+    chosen: str
+    reason: str
+    rule: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    curve: bytes
+
+
+def write_report(path: Path, runs: Sequence[RunReport], *, title: str, sweep: SweepReport | None = None) -> None:
+    """Write one self-contained HTML file about one or more runs, or a sweep of them. All text is escaped.
 
     Raises
     ------
@@ -87,7 +99,10 @@ def write_report(path: Path, runs: Sequence[RunReport], *, title: str) -> None:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         runs=runs,
         summary=[figures.summary(m) for m in metrics],
-        comparison=figures.compare([(run.title, run.metrics) for run in runs]),
+        sweep=sweep,
+        curve=None if sweep is None else _data_uri(sweep.curve),
+        # Of a sweep's runs the lowest and the highest say less than its own choice.
+        comparison="" if sweep else figures.compare([(run.title, run.metrics) for run in runs]),
         notes=list(dict.fromkeys(note for m in metrics for note in [*figures.notes(m), fd_note(m)] if note)),
         table=figures.table(metrics),
         styles=[plots.style(i) for i in range(len(runs))],
@@ -189,4 +204,8 @@ def _keep(text: str) -> Markup:
 
 
 def _png(image: np.ndarray) -> str:
-    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
+    return _data_uri(png_bytes(image))
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
