@@ -241,7 +241,7 @@ def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
 
 
 def test_commands_name_slow_operators_in_one_line_and_no_others(tmp_path):
-    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    environment = {"CUDA_VISIBLE_DEVICES": "", "FASTAMBIENT_IMPL": "auto"}
     quick = [*TINY, "training.sample_kimg=0", "training.kimg=0.008", "training.batch=8"]
     quick = [part for setting in quick for part in ("--set", setting)]
     here = cli("train", "--out", tmp_path / "a", *quick, env=environment)

@@ -443,7 +443,7 @@ def test_training_works_outside_the_main_thread(tmp_path):
 
 
 def test_time_that_pictures_take_is_in_the_runs_time_and_in_the_time_left(tmp_path, monkeypatch, capsys):
-    """Four previews of half a second each dwarf 20 steps of a tiny network. The rate of a line is training's alone."""
+    """Four previews of 1.5 seconds each dwarf 20 steps of a tiny network. The rate of a line is training's alone."""
     lefts = []
 
     class Spy(loop.Monitor):
@@ -452,16 +452,16 @@ def test_time_that_pictures_take_is_in_the_runs_time_and_in_the_time_left(tmp_pa
             super().line()
 
     monkeypatch.setattr(loop, "Monitor", Spy)
-    monkeypatch.setattr(loop.Trainer, "sample_grid", lambda self: time.sleep(0.5))
+    monkeypatch.setattr(loop.Trainer, "sample_grid", lambda self: time.sleep(1.5))
     monkeypatch.setattr("fastambient.training.monitor._LINE_EVERY_SECONDS", 1e9)  # a line with each checkpoint alone
     path = make_run(tmp_path / "run", "training.sample_kimg=0.04", "training.checkpoint_kimg=0.04")
     train_here(path)
     _, state = checkpoint.load_latest(path / "checkpoints")
-    assert state["seconds"] > 3 * 0.5  # the last checkpoint is written before the last preview's pause is counted
+    assert state["seconds"] > 3 * 1.5  # the last checkpoint is written before the last preview's pause is counted
     # A line comes before its preview: at 0.12 kimg two of them lie behind, and a third of that time is left.
-    assert len(lefts) == 4 and lefts[2] > 2 * 0.5 / 3 and lefts[3] == 0
+    assert len(lefts) == 4 and lefts[2] > 2 * 1.5 / 3 and lefts[3] == 0
     rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) images/s ", capsys.readouterr().err)]
-    assert len(rates) == 4 and min(rates[1:]) > 40 / 0.5, "with a preview in it a line could not have more"
+    assert len(rates) == 4 and min(rates[1:]) > 40 / 1.5, "with a preview in it a line could not have more"
 
 
 def test_the_collector_rests_while_training_and_is_put_back(tmp_path, monkeypatch):
