@@ -158,7 +158,9 @@ def test_a_signal_leaves_an_audit_owed(tmp_path, monkeypatch, at, nimg):
 
     original_step, original_sample, trainers = loop.TrainingStep.__call__, audits.sample, []
     original_init = loop.Trainer.__init__
-    monkeypatch.setattr(loop.Trainer, "__init__", lambda self, *a: (original_init(self, *a), trainers.append(self))[0])
+    monkeypatch.setattr(
+        loop.Trainer, "__init__", lambda self, *a, **k: (original_init(self, *a, **k), trainers.append(self))[0]
+    )
     monkeypatch.setattr(loop.TrainingStep, "__call__", step)
     monkeypatch.setattr(audits, "sample", draw)
     with pytest.raises(Interrupted) as stopped:
