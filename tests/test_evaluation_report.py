@@ -444,6 +444,18 @@ def test_a_low_copy_rate_of_samples_like_no_image_says_nothing(precision, covera
     assert ("a low copy rate says nothing here" in page.text) == bool(words)
 
 
+@pytest.mark.parametrize(("samples", "holdout"), [(2, 2), (2, 3), (3, 2), (10, 5)])
+def test_too_few_held_out_images_for_a_coverage_raise_no_doubt_and_no_error(samples, holdout):
+    q = {"embedder": "pixel", "precision": 0.5, "coverage": None}
+    told = {
+        "memorization": {"gap_ratio": {"rate": 0.0}},
+        "counts": {"samples": samples, "holdout": holdout},
+        "quality": [q],
+    }
+    assert report_figures.doubt(told) == ""
+    assert "Precision is 0.00" in report_figures.doubt(told | {"quality": [q | {"precision": 0.0}]})
+
+
 def test_few_samples_cover_little_without_doubt():
     q = {"embedder": "pixel", "precision": 0.8, "coverage": 0.03, "figures": {}, "notes": []}
     of = {"samples": 100, "holdout": 10000}  # as many real images would cover 1 - (9999/10099)^5 = 5 %

@@ -98,9 +98,12 @@ def doubt(metrics: dict[str, Any]) -> str:
     for q in metrics.get("quality") or ():
         precision, coverage = q.get("precision"), q.get("coverage")
         n, m = metrics["counts"]["samples"], metrics["counts"]["holdout"]
-        missed = math.prod((m - i) / (n + m - i) for i in range(1, BALLS + 1))
         alien = precision is not None and precision < _NEAR_NOTHING
-        if alien or (coverage is not None and coverage < _NEAR_NOTHING * (1 - missed)):
+        few = False
+        if coverage is not None:  # there are more than k real images then
+            missed = math.prod((m - i) / (n + m - i) for i in range(1, BALLS + 1))
+            few = coverage < _NEAR_NOTHING * (1 - missed)
+        if alien or few:
             both = {"precision": precision, "coverage": coverage}
             told = " and ".join(f"{name} is {value:.2f}" for name, value in both.items() if value is not None)
             what = "hardly a sample looks like a real image" if alien else "the samples look like few of the real ones"
