@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unicodedata import category
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -106,3 +107,8 @@ def progress(
     finally:
         if shown:
             bar.stop()
+
+
+def shown_name(name: str) -> str:
+    """A name that a terminal and a page can show: a file's may hold line breaks, control codes and broken UTF-8."""
+    return "".join("?" if category(c)[0] == "C" or category(c) in ("Zl", "Zp") else c for c in name)

@@ -137,8 +137,17 @@ def load_pictures(path: Path) -> np.ndarray:
     return _load_npz(path)
 
 
+def picture_names(path: Path) -> list[str] | None:
+    """What the pictures of `load_pictures` are called: the files' names, in their order; None for an .npz."""
+    return [file.name for file in _png_files(Path(path))] if Path(path).is_dir() else None
+
+
+def _png_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() == ".png" and p.name != GRID_NAME and p.is_file())
+
+
 def _load_folder(folder: Path) -> np.ndarray:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".png" and p.name != GRID_NAME and p.is_file())
+    files = _png_files(folder)
     if not files:
         raise InputError(f"the folder {folder} holds no PNG file; expected the samples that `fastambient sample` wrote")
     pictures: np.ndarray | None = None

@@ -34,10 +34,12 @@ def evaluation(
     size: int = 8,
     seed: int = 3,
     settings: dict[str, Any] | None = None,
+    named: bool = False,
 ) -> Evaluation:
     """The first `copies` samples are training images (every third mirrored), one grey level brighter.
 
     holdout : images of the control; 0 for none
+    named : pictures have names, which would break out of HTML if they could
     """
     g = np.random.default_rng(seed)
     images, kept = pictures(train, 1, channels=channels, size=size), pictures(holdout, 20, channels=channels, size=size)
@@ -61,7 +63,13 @@ def evaluation(
               control[1], control_index),
     ]  # fmt: skip
     metrics = _metrics(scores, copies, samples, train, holdout, similarity, settings or {"sigma_tn": 0.2})
-    return Evaluation(metrics, drawn, images, kept if holdout else None, tuple(scores if similarity else scores[:1]))
+    names: tuple[list[str] | None, list[str] | None] = (None, None)
+    if named:
+        names = [f"seed {i}" for i in range(samples)], [f"cats & dogs/</script>{i:03d}.png" for i in range(train)]
+        for row in metrics["copies_per_train_image"]["top"]:
+            row["name"] = names[1][row["train_index"]]
+    kept_or_none, measures = kept if holdout else None, tuple(scores if similarity else scores[:1])
+    return Evaluation(metrics, drawn, images, kept_or_none, measures, *names)
 
 
 def _metrics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -98,8 +99,10 @@ BAD = [
     (["prepare", "", "--out", "new"], "the source is empty"),
     (["train", "--data", "model.pkl"], "nothing"),
     (["train", "--config", "none.yaml"], "cannot read the settings file none.yaml"),
+    (["train", "--config", "model.pkk"], "nearest: model.pkl"),
     (["train", "--resume", "nothing"], "there is no run folder nothing"),
-    (["train", "--resume", "taken", "--kimg", "3"], "leave out --kimg"),
+    (["train", "--resume", "taken", "--kimg", "3"], "taken is no run folder"),
+    (["train", "--resume", "taken", "--batch", "8"], "leave out --batch"),
     (["train", "--resume", "taken", "--dry-run"], "leave out --dry-run"),
     (["train", "--resume", "taken", "--force"], "leave out --force"),
     (["train", "--out", "taken", "--force"], "holds no config.yaml, so it is not replaced"),
@@ -126,7 +129,7 @@ BAD = [
     (["prepare", "empty", "--out", "new"], "empty"),
     (["sample", "nothing", "--seeds", "0", "--out", "new"], "no run or weights file nothing"),
     (["sample", "model.pkl", "--seeds", "0", "--out", "new"], "never loaded"),
-    (["sample", "taken", "--seeds", "0", "--out", "new"], "holds no model.safetensors"),
+    (["sample", "taken", "--seeds", "0", "--out", "new"], "taken is no run folder: it holds neither model.safetensors"),
     (["sample", "taken", "--seeds", "x", "--out", "new"], "--seeds"),
     (["sample", "taken", "--seeds", "0", "--out", "new", "--sampler", "euler"], "'heun', 'dpmpp-2m'"),
     (["sample", "taken", "--seeds", "0", "--out", "new", "--guidance-interval", "1"], "--guidance-interval must be LOW,HIGH"),
@@ -218,8 +221,12 @@ def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
     assert code == 2 and "--guidance 2 needs a class-conditional model" in err
     code, out, _ = run("evaluate", "run", "--num", 20, capsys=capsys)
     assert code == 0 and "copy rate" in out
-    assert out.splitlines()[-1] == "written: run/report.html, run/metrics.json"
+    assert out.splitlines()[-1] == "written: run/report.html, run/metrics.json, run/nearest.csv"
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    with open(tmp_path / "run" / "nearest.csv", newline="") as file:
+        pairs = list(csv.DictReader(file))
+    assert sorted(pair["sample_name"] for pair in pairs) == sorted(f"seed {i}" for i in range(20))
+    assert all((tmp_path / "pictures" / pair["gap_ratio_train_name"]).is_file() for pair in pairs)
     assert {"train": 40, "holdout": 20, "samples": 20}.items() <= metrics["counts"].items()
     assert {"value", "reference", "train_vs_reference"} <= metrics["frechet"]["pixel"].keys()
     assert {"threshold", "rate", "ci95", "holdout_rate"} <= metrics["memorization"]["gap_ratio"].keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from fastambient.cli import app
 from fastambient.data import Store, image_id, image_ids, open_source, preparation, prepare
 from fastambient.data import decoding as decoding_module
 from fastambient.data.handout import noised_by_system, system_normal
-from fastambient.data.text import line_offsets, write_texts
+from fastambient.data.text import line_offsets, write_lines
 from fastambient.errors import FastambientError, InputError
 from fastambient.files import sha256_file
+from fastambient.pictures import save_png
 
 RNG = np.random.default_rng(3)
 IMAGES = RNG.integers(0, 256, (120, 3, 8, 8), dtype=np.uint8)
@@ -245,9 +247,46 @@ def test_text_travels_with_its_picture(tmp_path, folder):
         Store.open(store.path, verify=False).train.texts[0]
 
 
+def test_every_image_keeps_its_name(tmp_path, folder):
+    source = open_source(folder)
+    called = {image_id(item.image): item.name for item in source.read()}
+    store = prepare(source, tmp_path / "store", holdout=20)
+    for side in (store.train, store.holdout):
+        assert list(side.names) == [called[i] for i in side.ids.tolist()] and side.names[1:3] == list(side.names)[1:3]
+    with pytest.raises(IndexError):
+        store.train.names[len(store.train)]
+    data = (store.path / "train/names.jsonl").read_bytes()
+    (store.path / "train/names.jsonl").write_bytes(b"[" + data[1:-2] + b"]\n")
+    with pytest.raises(InputError, match=r"names\.jsonl: line 1 is damaged .*; prepare the store again"):
+        Store.open(store.path, verify=False).train.names[0]
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if "names" not in name}
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    for file in store.path.rglob("names*"):
+        file.unlink()
+    assert Store.open(store.path).train.names is None, "a store of an older program"
+
+
+def test_a_picture_in_two_classes_is_a_warning(tmp_path, capsys):
+    for name in ("cats", "dogs"):
+        (tmp_path / "p" / name).mkdir(parents=True)
+    for i, image in enumerate(IMAGES[:12]):
+        for name in ("cats", "dogs") if i in (3, 5) else ("cats",):
+            save_png(tmp_path / "p" / name / f"{i}.png", image)
+    prepare(open_source(tmp_path / "p"), tmp_path / "store", dedup="off")
+    told = capsys.readouterr().err
+    assert "2 pictures lie in more than one class, as copies of each other (cats/" in told and "and dogs/" in told
+    shutil.copy(tmp_path / "p" / "cats" / "1.png", tmp_path / "p" / "cats" / "1 copy.png")
+    for i in (3, 5):
+        (tmp_path / "p" / "dogs" / f"{i}.png").unlink()
+    save_png(tmp_path / "p" / "dogs" / "20.png", IMAGES[20])
+    prepare(open_source(tmp_path / "p"), tmp_path / "one", dedup="off")
+    assert "more than one class" not in capsys.readouterr().err
+
+
 def test_offsets_are_where_lines_begin(tmp_path):
     lines = [{}, {"txt": "ü" * 5_000_000}, {"txt": "a\nb"}, {"txt": "x" * 9_000_000}]  # longer than a block together
-    written = write_texts(tmp_path / "text.jsonl", lines)
+    written = write_lines(tmp_path / "text.jsonl", lines)
     offsets = line_offsets(tmp_path / "text.jsonl")
     data = (tmp_path / "text.jsonl").read_bytes()
     assert offsets[0] == 0 and offsets[-1] == written.bytes == len(data) and len(offsets) == 5

@@ -64,7 +64,8 @@ def test_manifest(tmp_path, source):
     assert manifest["counts"] == {"images": 60, "skipped": 0}
     assert manifest["split"] == {"seed": 3, "train": 54, "holdout": 6, "duplicates": 0, "mirrored_pairs": 0}
     on_disk = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
-    sides = {f"{side}/{name}.npy" for side in ("train", "holdout") for name in ("images-00000", "ids", "labels")}
+    files = ("images-00000.npy", "ids.npy", "labels.npy", "names.jsonl", "names_offsets.npy")
+    sides = {f"{side}/{name}" for side in ("train", "holdout") for name in files}
     assert set(manifest["files"]) == sides and on_disk == {
         *sides,
         "manifest.json",
@@ -260,12 +261,13 @@ def test_few_images_hold_out_what_an_evaluation_needs_or_say_that_they_cannot(tm
     for number, sides in {1: (1, 0), 3: (3, 0), 4: (2, 2), 12: (10, 2), 29: (27, 2), 30: (27, 3)}.items():
         store = prepare(array_source(tmp_path, IMAGES[:number]), tmp_path / f"{number}")
         assert (len(store.train), len(store.holdout)) == sides and store.holdout.images[:].shape == (sides[1], 3, 8, 8)
-        warning = f"{sides[0]} different ones train and {sides[1]} are held out, where evaluate needs 2 of each"
+        verb = "is" if sides[1] == 1 else "are"
+        warning = f"{sides[0]} train and {sides[1]} {verb} held out, copies counted once; evaluate needs 2 of each"
         assert (warning in capsys.readouterr().err) == (min(sides) < 2)
         if min(sides) >= 2:
             evaluate(IMAGES, store.train.images[:], store.holdout.images[:], bootstrap=1, settings={})
     prepare(array_source(tmp_path, IMAGES[:12]), tmp_path / "asked", holdout=1)
-    assert "11 different ones train and 1 are held out" in capsys.readouterr().err
+    assert "11 train and 1 is held out, copies counted once" in capsys.readouterr().err
 
 
 def test_mirror_images_stay_on_one_side_and_are_counted(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from planted import KINDS, generate, photographs, textures
 from fastambient import cli
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import open_source
+from fastambient.data.store import Store
 from fastambient.errors import InputError
 from fastambient.evaluation import evaluate
 from fastambient.evaluation.audit import audit
@@ -132,6 +134,7 @@ def test_the_command_finds_planted_copies_end_to_end(folders, capsys):
     assert code == 0 and "copy rate" in out and "30.0 %" in out
     assert out.splitlines()[-2].startswith("30.0 % of samples are copies of a training image (95 % interval ")
     assert out.splitlines()[-2].endswith("of held-out images 0.0 %.")
+    assert "copied: 30 training images, each once, among them 0000.png, 0001.png, 0002.png" in out
     metrics = json.loads(Path("audit.json").read_text())
     assert metrics["memorization"]["gap_ratio"]["rate"] == 0.3 == metrics["similarity"]["above_0.95"]
     assert metrics["similarity"]["holdout_above_0.95"] == 0
@@ -165,6 +168,46 @@ def test_pictures_come_in_any_form_and_a_store_brings_its_control(folders, tmp_p
     prepare(open_source("holdout"), "kept", train=35, holdout=25, noise_seed=1)
     other = audit("samples", "train", holdout="kept", features="none", out=Path("x.json"))
     assert len(other.report.evaluation.holdout) == 25, "the images that the store holds back"
+
+
+@pytest.mark.parametrize("kept", ["folder", "store"])
+def test_a_copy_is_named_by_its_file(folders, tmp_path, capsys, kept):
+    """In metrics.json, on the page, in nearest.csv and on the console; formulas and control codes are defused."""
+    train, holdout, samples = folders
+    Path("train/0007.png").rename("train/=HYPERLINK(7).png")
+    Path("train/0011.png").rename("train/\x1b[31mred.png")
+    Path("samples/0031.png").write_bytes(Path("samples/0007.png").read_bytes())  # twice: the most copied
+    if kept == "store":
+        prepare(open_source("train"), "store", train=60, holdout=0, noise_seed=1)
+    options = ("--samples", "samples", "--train", "train" if kept == "folder" else "store", "--holdout", "holdout")
+    code, out, _ = _run("audit", *options, "--features", "pixel", "--cache", "none", capsys=capsys)
+    assert code == 0 and "\x1b" not in out
+    assert "copied: 30 training images, most often =HYPERLINK(7).png (2 times), " in out
+    assert out.splitlines()[-1] == "written: audit-report.html, audit.json, audit-nearest.csv"
+    top = json.loads(Path("audit.json").read_text())["copies_per_train_image"]["top"]
+    assert top[0]["name"] == "=HYPERLINK(7).png" and top[0]["copies"] == 2 and len(top) == 10
+    with open("audit-nearest.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 100 and [row["gap_ratio_copy"] for row in rows] == ["1"] * 31 + ["0"] * 69
+    ratios = [float(row["gap_ratio"]) for row in rows]
+    assert ratios == sorted(ratios) and {"similarity", "similarity_train_name"} <= rows[0].keys()
+    stored = None if kept == "folder" else list(Store.open("store").train.names)
+    for row in rows[:31]:
+        of = 7 if row["sample"] == "31" else int(row["sample"])
+        name = {7: "./=HYPERLINK(7).png", 11: "\x1b[31mred.png"}.get(of, f"{of:04d}.png")
+        assert (row["sample_name"], row["gap_ratio_train_name"]) == (f"{int(row['sample']):04d}.png", name)
+        if stored is not None:
+            assert f"./{stored[int(row['gap_ratio_train_index'])]}".endswith(name.removeprefix("."))
+        assert row["gap_ratio_mirrored"] == "0" and row["similarity_copy"] == "1"
+    page = Path("audit-report.html").read_text(encoding="utf-8")
+    assert "=HYPERLINK(7).png" in page and "?[31mred.png" in page and "\x1b" not in page and "\\u001b" not in page
+
+
+def test_names_are_one_a_picture(sets):
+    samples, train, *_ = sets
+    for names in ({"sample_names": ["a"]}, {"train_names": ["a"]}):
+        with pytest.raises(InputError, match=r"1 (sample|training image) names for [\d,]+ pictures, expected one a"):
+            evaluate(samples, train, settings={}, **names)
 
 
 def test_grey_and_colour_are_compared(tmp_path, monkeypatch, capsys):
@@ -271,5 +314,9 @@ def test_samples_that_look_like_nothing_are_said_to_be_no_evidence(folders, caps
         "Precision is 0.00 and coverage is 0.00 (pixels): hardly a sample looks like a real image, so a low copy rate"
         " says nothing here."
     )
-    assert last == "written: audit-report.html, audit.json" and found.page.is_file() and found.file.is_file()
+    assert (
+        last == "written: audit-report.html, audit.json, audit-nearest.csv"
+        and found.page.is_file()
+        and found.file.is_file()
+    )
     assert "so a low copy rate says nothing here." in found.page.read_text()

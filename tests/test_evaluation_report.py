@@ -290,7 +290,7 @@ def test_the_most_copied_training_images_are_shown(page):
     _, parsed = page
     run = checks.run("x", 0.0, 30)
     found = report_gallery.most_copied(run.evaluation)
-    assert len(found) == 10 and found[0][1] == 1 and np.array_equal(found[0][2], run.evaluation.train[found[0][0]])
+    assert len(found) == 10 and found[0][1] == 1 and np.array_equal(found[0][3], run.evaluation.train[found[0][0]])
     assert parsed.text.count("1 copy image") == 14
 
 

@@ -29,7 +29,9 @@ def _evaluated(name: str, copies: int, *, train: int = 50, holdout: int = 80, sa
     images, held_out, drawn = _noise_set(train, 1), _noise_set(holdout, 2), _noise_set(samples, 3)
     drawn[:copies] = images[np.arange(copies) % train] + 1
     found = evaluate(drawn, images, held_out, settings={})
-    return Evaluated(found.metrics, RunReport(name, 0.2, found), Path("metrics.json"), Path("report.html"))
+    return Evaluated(
+        found.metrics, RunReport(name, 0.2, found), Path("metrics.json"), Path("report.html"), Path("n.csv")
+    )
 
 
 def test_the_table_fits_80_columns_and_keeps_every_figure_whole(monkeypatch, capsys):
@@ -84,7 +86,9 @@ def test_fewer_held_out_than_training_images_are_compared_at_equal_counts(capsys
 def test_in_pixels_the_distance_stands_once_and_similarity_is_explained(capsys):
     images, held_out = _noise_set(50, 1), _noise_set(80, 2)
     found = evaluate(_noise_set(100, 3), images, held_out, embedder=load_embedder("pixel"), settings={})
-    print_table([Evaluated(found.metrics, RunReport("m", 0.2, found), Path("metrics.json"), Path("report.html"))])
+    print_table(
+        [Evaluated(found.metrics, RunReport("m", 0.2, found), Path("metrics.json"), Path("report.html"), Path("n.csv"))]
+    )
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("Similarity (pixel), samples with a cosine above"))
     assert lines[at + 1].startswith("In pixels small pictures of one kind are that similar without being copies;")
@@ -168,13 +172,16 @@ def test_a_runs_settings_reach_its_figures_and_its_report(tmp_path, flips):
     store = RunFolder(run).open_store()
     expected = evaluate(
         samples[:30], store.train.images[:], store.holdout.images[:],
-        threshold=0.97, bootstrap=50, seed=7, flips=flips.endswith("true"), settings={},
+        threshold=0.97, bootstrap=50, seed=7, flips=flips.endswith("true"), settings={}, train_names=store.train.names,
     )  # fmt: skip
     for part in ("counts", "frechet", "memorization"):
         assert found.metrics[part] == expected.metrics[part]
     protocol = {"space": "pixels in [-1, 1]", "flips": flips.endswith("true"), "bootstrap": 50, "seed": 7}
     assert found.metrics["settings"]["protocol"] == protocol
     (score,), (reported,) = expected.scores, found.report.evaluation.scores
+    assert found.metrics["copies_per_train_image"]["top"][0]["name"].startswith("all.npz: row ")
+    rows = found.pairs.read_text().splitlines()
+    assert found.pairs == run / "nearest.csv" and len(rows) == 31 and rows[1].split(",")[1] == "", "no names in .npz"
     assert np.array_equal(reported.values, score.values) and np.array_equal(reported.control, score.control)
     assert np.array_equal(reported.control_index, score.control_index) and reported.threshold == 0.97
 

@@ -322,6 +322,25 @@ def test_the_pictures_are_the_pictures(visit, folder, channels, size):
                 assert np.array_equal(got, np.broadcast_to(image, (3, size, size)).transpose(1, 2, 0)), n
 
 
+def test_pairs_are_named(visit, folder):
+    report = checks.run("named", None, 60, samples=130, train=70, named=True)
+    write_report(folder / "named.html", [report], title="x")
+    page, e = visit(folder / "named.html"), report.evaluation
+    for measure, order in (("gap_ratio", "near"), ("similarity", "far")):
+        page.select_option("#measure", measure)
+        page.select_option("#order", order)
+        page.locator("[data-go='1']").first.click()
+        score = next(s for s in e.scores if s.key == measure)
+        names = page.locator("#pairs .names").all_inner_texts()
+        labels = page.eval_on_selector_all("#pairs [role=img]", "all => all.map(e => e.getAttribute('aria-label'))")
+        assert len(names) == 36
+        for n, name, label in zip(_numbers(page), names, labels, strict=True):
+            assert name == e.train_names[score.index[n]]
+            assert label.startswith(f"Sample {n}, seed {n}, beside training image {score.index[n]}, {name}")
+    assert "cats & dogs/</script>" in page.locator(".copied li").first.inner_text()
+    _keep(page, "report-named")
+
+
 def test_what_a_screen_reader_finds(visit, two):
     page, e = visit(two[0]), two[1][0].evaluation
     tree = page.locator("body").aria_snapshot()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -33,7 +34,7 @@ from fastambient.training.clock import crosses
 from fastambient.training.distributed import World
 from fastambient.training.loop import Interrupted
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, new, plan, start
+from fastambient.training.start import TrainRequest, create_run, new, plan, resume, start
 
 
 def contents(path):
@@ -205,6 +206,48 @@ def test_resume_of_nothing_finished_or_unfinished(tmp_path, capsys):
         start(path, resume=True, ranks=3)
 
 
+def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
+    """Bit for bit the run that was that long from the start; a run's own end is said to be movable."""
+    whole = make_run(tmp_path / "whole", "training.checkpoint_kimg=0.08")
+    train_here(whole)
+    path = make_run(tmp_path / "run", "training.checkpoint_kimg=0.08", "training.kimg=0.08")
+    train_here(path)
+    start(path, resume=True)
+    assert f"train --resume {path} --kimg 0.16" in capsys.readouterr().err
+    resume(path, kimg=0.16)
+    assert RunFolder(path).read_settings().training.kimg == 0.16
+    assert_same(contents(whole), contents(path))
+    for kimg in (0.16, 0.08, -1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match="kimg"):
+            resume(path, kimg=kimg)
+    assert RunFolder(path).read_settings().training.kimg == 0.16
+
+
+def test_what_is_no_run_is_told(tmp_path):
+    prepare(open_source("digits"), tmp_path / "store")
+    make_run(tmp_path / "many" / "edm-seed0")
+    for path, words in (("store", "it is a store: train on it"), ("many", r"runs lie in it: .*many/edm-seed0$")):
+        with pytest.raises(InputError, match=rf"{path} is no run folder: .*; {words}"):
+            RunFolder.existing(tmp_path / path)
+
+
+def test_digits_and_another_level_than_the_stores_are_said(tmp_path, capsys):
+    prepare(open_source("digits"), tmp_path / "a", sigma_tn=0.3, noise_seed=5)
+    short = ["training.kimg=0.008", "training.batch=8", *TINY, "training.sample_kimg=0"]
+    new(TrainRequest(assignments=short), tmp_path / "x")
+    assert "no --data: training on the built-in 8x8 digits" in capsys.readouterr().err
+    for level, other in ((0.3, False), (0.4, True)):
+        request = TrainRequest(
+            data=str(tmp_path / "a"),
+            assignments=[*short, f"noise.sigma_tn={level}"],
+            noise_seed=9 if level == 0.4 else None,
+        )
+        new(request, tmp_path / f"{level}")
+        err = capsys.readouterr().err
+        assert ("sigma_tn 0.4 as asked for; " in err and "was prepared with 0.3" in err) == other
+        assert "no --data" not in err
+
+
 def test_one_writer(tmp_path):
     path = make_run(tmp_path / "run")
     with RunFolder(path).lock(), pytest.raises(InputError, match="another process is training"):
@@ -343,9 +386,11 @@ def test_a_store_that_was_moved_is_missed_and_named_anew(tmp_path):
     path = make_run(tmp_path / "run", data=str(tmp_path / "a"), noise_seed=None)
     train_here(path)
     (tmp_path / "a").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"trained on the store .*a, which is not there; .*evaluate --data STORE"):
+    with pytest.raises(
+        InputError, match=r"trained on the store .*a, which is not there: .*evaluate also takes --data STORE"
+    ):
         evaluate_run(path, num=2)
-    with pytest.raises(InputError, match=r"correct data.source in .*config.yaml"):
+    with pytest.raises(InputError, match=r"write where it lies now into data.source of .*config.yaml"):
         train_here(path, resume=True)
     assert evaluate_run(path, num=2, data=tmp_path / "moved").metrics["counts"]["train"] == 100
     other = prepare(open_source("digits"), tmp_path / "c", sigma_tn=0.3, split_seed=1).path

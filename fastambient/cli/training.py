@@ -157,7 +157,7 @@ def train(
             " plain EDM, a quarter as long, denoises held-out images worst beside training images",
             "--sigma-tn",
             metavar="S|auto",
-            default="1.5*R/64 for RxR pixels",
+            default="the store's, else 1.5*R/64 for RxR pixels",
         ),
     ] = None,
     gpus: Annotated[int | None, option("GPUs to train on; 0 is the CPU", metavar="N", default="all visible")] = None,
@@ -265,7 +265,10 @@ def train(
     assignments: Annotated[
         list[str] | None, option("any setting of the tree; may be repeated", "--set", metavar="section.name=value")
     ] = None,
-    resume: Annotated[Path | None, option("continue this run; everything is taken from it", metavar="RUN")] = None,
+    resume: Annotated[
+        Path | None,
+        option("continue this run; everything is taken from it, but --kimg may give it a new length", metavar="RUN"),
+    ] = None,
     dry_run: Annotated[
         bool, option("print the settings with parameter count, memory and time estimates; train nothing", "--dry-run")
     ] = False,
@@ -278,7 +281,7 @@ def train(
     if resume is not None:
         given = {
             "--data": data, "--out": out, "--preset": preset, "--config": config, "--sigma-tn": sigma_tn,
-            "--kimg": kimg, "--batch": batch, "--seed": seed, "--noise-seed": noise_seed, "--precision": precision,
+            "--batch": batch, "--seed": seed, "--noise-seed": noise_seed, "--precision": precision,
             "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--checkpoint-levels": checkpoint_levels,
             "--weighting": weighting, "--noise": noise, "--augment-ambient": augment_ambient, "--clean": clean,
             "--regime": regime, "--stream": stream, "--loader": loader, "--audit-every": audit_every,
@@ -288,7 +291,7 @@ def train(
             if value is not None and value != []:
                 raise InputError(f"--resume takes everything from the run; leave out {name}")
         ranks, device = choose_ranks(gpus, processes) if gpus is not None or processes is not None else (None, None)
-        start.resume(resume, ranks=ranks, device=device)
+        start.resume(resume, ranks=ranks, device=device, kimg=kimg)
         return
     ranks, device = choose_ranks(gpus, processes)
     fit, auto = batch == "auto", sigma_tn == "auto"

@@ -63,7 +63,7 @@ class Arrays(Source):
             picture = row if self._channels_last else row.transpose(1, 2, 0)
             image = Image.fromarray(picture.reshape(picture.shape[:2]) if self.channels == 1 else picture)
             label = -1 if self._labels is None else int(self._labels[i])
-            yield Item(i, f"{i}", to_array(fit(image, self.resolution)), label, {})
+            yield Item(i, f"{self.name}: row {i}", to_array(fit(image, self.resolution)), label, {})
 
     def _stamps(self, start: int, stop: int) -> Iterable[tuple[str, int, int]]:
         return self._rows.stamps()

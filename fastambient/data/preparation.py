@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fastambient.console import progress, say, warn
+from fastambient.console import progress, say, shown_name, warn
 from fastambient.data.decoding import Decoded, decode, has_progress
 from fastambient.data.handout import noised_by_system, random_ids, shuffle
 from fastambient.data.items import Source
@@ -30,7 +30,7 @@ from fastambient.data.near_duplicates import MIN_RESOLUTION, join_groups, near_d
 from fastambient.data.shards import Written, write_npy
 from fastambient.data.split import MIN_SIDE, split
 from fastambient.data.store import FORMAT, NOISY, VERSION, Store, is_store
-from fastambient.data.text import line_offsets, write_texts
+from fastambient.data.text import line_offsets, write_lines
 from fastambient.errors import FastambientError, InputError, check_seed
 from fastambient.files import keep_out_of_git, refuse_existing, resumable_folder, sha256_file, write_bytes, write_json
 
@@ -139,8 +139,9 @@ def prepare(
             " average the two noises out"
         )
     if min(there) < MIN_SIDE and not request.hand_out:
+        verb = "is" if there[1] == 1 else "are"
         warn(
-            f"too few images to evaluate a run: {there[0]} different ones train and {there[1]} are held out, where "
+            f"too few images to evaluate a run: {there[0]} train and {there[1]} {verb} held out, copies counted once; "
             f"evaluate needs {MIN_SIDE} of each"
         )
     return store
@@ -218,6 +219,8 @@ def _write(work: Path, new: Path, source: Source, decoded: Decoded, r: Request) 
         raise InputError(
             f"the training images of {source.name} are all of one colour: there is nothing to learn from them"
         )
+    if source.num_classes:
+        _warn_of_two_classes(decoded, rows)
     texts = bool(source.text_kinds) and (not r.hand_out if r.captions is None else r.captions)
     writer = _Writer(work, new, decoded, r, sides)
     with progress(f"writing {source.name}", sum(map(len, sides.values()))) as advance:
@@ -251,6 +254,22 @@ def _write(work: Path, new: Path, source: Source, decoded: Decoded, r: Request) 
         manifest["sigma_data"] = max(round(sigma_data, 2), 0.01)  # all its digits would be a sum over clean pixels
         manifest["split"] = {"train": len(sides["train"]), "holdout": 0}
     return manifest
+
+
+def _warn_of_two_classes(decoded: Decoded, rows: np.ndarray) -> None:
+    """A picture whose copies lie in several classes teaches a model that they are the same."""
+    ids, labels = decoded.ids[rows], decoded.labels[rows]
+    order = np.lexsort((labels, ids))
+    differs = np.flatnonzero((np.diff(ids[order]) == 0) & (np.diff(labels[order]) != 0))
+    if not len(differs):
+        return
+    both = np.sort(rows[order[[differs[0], differs[0] + 1]]])
+    names = " and ".join(shown_name(name) for name, _ in decoded.names_and_texts(both))
+    n = len(np.unique(ids[order[differs]]))
+    warn(
+        f"{n:,} picture{'s lie' if n > 1 else ' lies'} in more than one class, as copies of each other ({names}): a"
+        " class-conditional model learns them as both; keep one of each"
+    )
 
 
 class _Writer:
@@ -310,16 +329,23 @@ class _Writer:
             for name, part in _shards(f"{side}/noisy", rows, row_bytes, r.shard_bytes):
                 self._npy(name, (len(part), *shape), noisy, (self._noised(p) for p in _pieces(part, shape)))
                 advance(len(part))
+        if not r.hand_out:  # a file name says who is in the picture
+            self._lines(f"{side}/names", (name for name, _ in decoded.names_and_texts(rows)), len(rows))
         if texts:
-            file = self.new / side / "text.jsonl"
             found: Iterable[dict[str, str]] = (text for _, text in decoded.names_and_texts(rows))
             if r.hand_out:  # in another order than the source's, which alone is read fast: by way of memory
                 in_order = np.argsort(rows)
                 place = np.argsort(in_order).tolist()
                 read = [text for _, text in decoded.names_and_texts(rows[in_order])]
                 found = (read[i] for i in place)
-            self._keep(f"{side}/text.jsonl", lambda: write_texts(file, found))
-            self._npy(f"{side}/text_offsets.npy", (len(rows) + 1,), np.int64, [line_offsets(file)])
+            self._lines(f"{side}/text", found, len(rows))
+
+    def _lines(self, stem: str, values: Iterable[Any], count: int) -> None:
+        file = self.new / f"{stem}.jsonl"
+        for name in (f"{stem}.jsonl", f"{stem}_offsets.npy"):  # anew: files may have been renamed since an earlier try
+            self._earlier.pop(name, None)
+        self._keep(f"{stem}.jsonl", lambda: write_lines(file, values))
+        self._npy(f"{stem}_offsets.npy", (count + 1,), np.int64, [line_offsets(file)])
 
     def write_groups(self, pictures: np.ndarray) -> None:
         """near_duplicates.json: the names of all images that share a picture; ``dedup="drop"`` keeps the first of each

@@ -6,13 +6,15 @@
     train/, holdout/         images-00000.npy ...   uint8 [n, C, H, W], about 256 MB each
                              ids.npy                int64 [N], image ids
                              labels.npy             int64 [N], only in a labelled set
+                             names.jsonl            what each image is called in the source, one JSON string a line
                              text.jsonl             sidecar text, one JSON object an image, where there is any
-                             text_offsets.npy       int64 [N + 1], where its lines begin
+                             names_offsets.npy, text_offsets.npy   int64 [N + 1], where their lines begin
     train/noisy-00000.npy    float16 or float32 [n, C, H, W]: x_n = x0 + sigma_tn * eps, unflipped, if asked for
     near_duplicates.json     groups of near-duplicates, if they were looked for
 
 Who has the noise seed and x_n has x0. So the seed stands in no other file, and its hash in none either: a small seed
-is found from its hash by trying. A hand-out (``"hand_out": true``, see handout.py) has no seed and no clean image.
+is found from its hash by trying. A hand-out (``"hand_out": true``, see handout.py) has no seed, no clean image and no
+name.
 
 A store is written by preparation.py under a temporary name and renamed, so that nobody ever sees half of one.
 """
@@ -26,19 +28,20 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastambient.console import progress
 from fastambient.data.archives import is_unsafe_name
 from fastambient.data.shards import ShardedArray
-from fastambient.data.text import Texts
+from fastambient.data.text import Names, Texts
 from fastambient.errors import InputError
 from fastambient.files import sha256_file
 
 FORMAT = "fastambient-store"
 VERSION = 1
+_L = TypeVar("_L", Texts, Names)
 NOISY: dict[str, type | None] = {"none": None, "float16": np.float16, "float32": np.float32}
 
 
@@ -60,6 +63,7 @@ class Split:
     labels: np.ndarray | None
     noisy: ShardedArray | None  # float16 or float32 [N, C, H, W]: x_n, unflipped
     texts: Texts | None  # sidecar text
+    names: Names | None  # in the source; None in a hand-out and in a store of an older program
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -202,15 +206,16 @@ class Store:
             ids=array("ids", (), np.int64)[:],
             labels=array("labels", (), np.int64)[:] if self.num_classes else None,
             noisy=None if noisy is None else array("noisy", self.shape, noisy),
-            texts=self._texts(side, count),
+            texts=self._lines(Texts, f"{side}/text", count),
+            names=self._lines(Names, f"{side}/names", count),
         )
 
-    def _texts(self, side: str, count: int) -> Texts | None:
-        file, offsets = f"{side}/text.jsonl", f"{side}/text_offsets.npy"
+    def _lines(self, kind: type[_L], stem: str, count: int) -> _L | None:
+        file, offsets = f"{stem}.jsonl", f"{stem}_offsets.npy"
         if not {file, offsets} <= set(self._files):
             return None
         array = ShardedArray([self.path / offsets], (count + 1,), np.dtype(np.int64))
-        return Texts(self.path / file, array[:])
+        return kind(self.path / file, array[:])
 
 
 def _check_files(path: Path, manifest: dict[str, Any], *, verify: bool) -> None:

@@ -1,12 +1,13 @@
-"""Sidecar text of a store: `text.jsonl`, a JSON object of kind -> text an image, and where each line begins."""
+"""Names and sidecar text of a store's images: a JSON value a line, and where each line begins."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
@@ -14,13 +15,13 @@ from fastambient.data.shards import Written
 from fastambient.errors import InputError
 
 
-def write_texts(path: Path, texts: Iterable[dict[str, str]]) -> Written:
-    """One line an image, as it comes."""
+def write_lines(path: Path, values: Iterable[Any]) -> Written:
+    """One line of JSON an image, as it comes."""
     digest, size = hashlib.sha256(), 0
     temporary = path.with_name(f".{path.name}.part")
     with open(temporary, "wb") as file:
-        for text in texts:
-            line = json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        for value in values:
+            line = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
             file.write(line)
             digest.update(line)
             size += len(line)
@@ -38,8 +39,8 @@ def line_offsets(path: Path) -> np.ndarray:
     return np.concatenate(ends).astype(np.int64)
 
 
-class Texts:
-    """Sidecar text of one side of a store, read when it is asked for: ``texts[row]`` is {kind: text}."""
+class _Lines:
+    """Values of the images of one side of a store, read when they are asked for."""
 
     def __init__(self, path: Path, offsets: np.ndarray) -> None:
         self.path, self._offsets = path, offsets
@@ -47,7 +48,7 @@ class Texts:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, row: int) -> dict[str, str]:
+    def _value(self, row: int, kind: type) -> Any:
         if not 0 <= row < len(self):
             raise IndexError(f"rows must lie in 0..{len(self) - 1}, got {row}")
         start, end = (int(place) for place in self._offsets[row : row + 2])
@@ -55,6 +56,29 @@ class Texts:
             file.seek(start)
             line = file.read(end - start)
         try:
-            return dict(json.loads(line))
+            value = json.loads(line)
+            if not isinstance(value, kind):
+                raise ValueError(f"no {kind.__name__}")
+            return value
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}: line {row + 1} is damaged ({error}); prepare the store again") from error
+
+
+class Texts(_Lines):
+    """Sidecar text: ``texts[row]`` is {kind: text}."""
+
+    def __getitem__(self, row: int) -> dict[str, str]:
+        return dict(self._value(row, dict))
+
+
+class Names(_Lines, Sequence[str]):
+    """What each image is called in the source: ``names[row]``, such as "cats/17.png"."""
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [str(self._value(i, str)) for i in range(*row.indices(len(self)))]
+        return str(self._value(row, str))

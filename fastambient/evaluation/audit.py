@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastambient.data.store import Store, is_store
 from fastambient.errors import InputError
 from fastambient.evaluation.embedders import DEFAULT
 from fastambient.evaluation.metrics import check_sets, evaluate
+from fastambient.evaluation.overviews import write_nearest
 from fastambient.evaluation.report import RunReport, write_report
 from fastambient.evaluation.run import Evaluated, open_embedder
 from fastambient.files import write_json
@@ -48,7 +50,8 @@ def audit(
     train : SOURCE or STORE of the training images
     holdout : SOURCE of images that never trained, or a STORE, whose held-out images they are; None: those of `train`
         where it is a store, else none, and what needs them is None
-    out : where the metrics go; the report goes beside it as ``<stem>-report.html``
+    out : where the metrics go; the report goes beside it as ``<stem>-report.html``, the list of pairs as
+        ``<stem>-nearest.csv``
     features, weights, preprocess : the embedder, see `load_embedder`; "none" for no embedder
     flips : a mirrored training image counts as one, too
     num : pictures to take, chosen by chance with `seed`; None for all
@@ -67,30 +70,32 @@ def audit(
     if num is not None and num < 2:
         raise InputError(f"--num must be 2 or more, got {num}")
     embedder = open_embedder(features, weights, preprocess, device=device)
-    sets: dict[str, np.ndarray] = {"--samples": _read(_open(samples, resolution, on_bad_image), samples)}
+    train_names: Sequence[str] | None
+    pictures, own = _read(_open(samples, resolution, on_bad_image), samples)
+    sets = {"--samples": pictures}
     if num is not None:
-        there = len(sets["--samples"])
+        there = len(own)
         if num > there:
             raise InputError(f"--num {num}: {samples} holds {there} pictures")
         chosen = np.sort(np.random.default_rng(seed).choice(there, num, replace=False))
-        sets["--samples"] = sets["--samples"][chosen]
+        sets["--samples"], own = pictures[chosen], [own[i] for i in chosen]
     if is_store(train):
         store = _open_store(train, resolution)
-        sets["--train"] = _images(store, "train")
+        sets["--train"], train_names = _images(store, "train"), store.train.names
         if holdout is None and len(store.holdout):
             sets["--holdout"] = _images(store, "holdout")
     else:
-        sets["--train"] = _read(_open(train, resolution, on_bad_image), train)
+        sets["--train"], train_names = _read(_open(train, resolution, on_bad_image), train)
     if holdout is not None:
         sets["--holdout"] = (
             _images(_open_store(holdout, resolution), "holdout") if is_store(holdout)
-            else _read(_open(holdout, resolution, on_bad_image), holdout)
+            else _read(_open(holdout, resolution, on_bad_image), holdout)[0]
         )  # fmt: skip
     sets = _alike(sets, {"--samples": samples, "--train": train, "--holdout": holdout or train}, resolution)
     check_sets(sets["--train"], sets.get("--holdout"), flips=flips)
     evaluation = evaluate(
         sets["--samples"], sets["--train"], sets.get("--holdout"), embedder=embedder, cache=cache, flips=flips,
-        threshold=threshold, bootstrap=bootstrap, seed=seed,
+        threshold=threshold, bootstrap=bootstrap, seed=seed, sample_names=own, train_names=train_names,
         settings={
             "samples": str(samples),
             "train": str(train),
@@ -103,7 +108,9 @@ def audit(
     report = RunReport(Path(samples).resolve().name or str(samples), None, evaluation)
     page = out.with_name(f"{out.stem}-report.html")
     write_report(page, [report], title=f"fastambient audit: {report.name}")
-    return Evaluated(evaluation.metrics, report, out, page)
+    pairs = out.with_name(f"{out.stem}-nearest.csv")
+    write_nearest(pairs, evaluation)
+    return Evaluated(evaluation.metrics, report, out, page, pairs)
 
 
 def _open(spec: str, resolution: int | None, on_bad_image: str) -> Source:
@@ -115,18 +122,18 @@ def _open(spec: str, resolution: int | None, on_bad_image: str) -> Source:
     return open_source(spec, resolution=resolution, on_bad_image=on_bad_image)
 
 
-def _read(source: Source, spec: str) -> np.ndarray:
-    """uint8 [N, C, H, W] of all pictures of a source."""
+def _read(source: Source, spec: str) -> tuple[np.ndarray, list[str]]:
+    """uint8 [N, C, H, W] of all pictures of a source, and their names."""
     images = np.empty((source.length, source.channels, source.resolution, source.resolution), np.uint8)
-    count = 0
+    names: list[str] = []
     with progress(f"reading {source.name}", source.length) as advance:
         for item in source.read():
-            images[count] = item.image
-            count += 1
+            images[len(names)] = item.image
+            names.append(item.name)
             advance(1)
-    if count == 0:
+    if not names:
         raise InputError(f"{spec} holds no picture that can be read, expected at least 2")
-    return images[:count]
+    return images[: len(names)], names
 
 
 def _open_store(path: str, resolution: int | None) -> Store:

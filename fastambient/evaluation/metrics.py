@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,8 @@ def evaluate(
     seed: int = 0,
     flips: bool = False,
     denoising_gap: list[dict[str, Any]] | None = None,
+    sample_names: Sequence[str] | None = None,
+    train_names: Sequence[str] | None = None,
     settings: dict[str, Any],
 ) -> Evaluation:
     """Measure samples against the training images and against held-out images that never trained.
@@ -70,6 +73,7 @@ def evaluate(
     seed: of the intervals and of the choice of the control's images.
     flips: also search mirrored training and held-out images.
     denoising_gap: rows of `denoising_gap`, where the network was at hand: they go on record with the rest.
+    sample_names, train_names: what they are called, one a picture, such as file names.
     settings: what else belongs on record (resolution, sigma_tn, sampler steps, ...).
 
     Returns
@@ -96,6 +100,9 @@ def evaluate(
             f"samples of {list(samples.shape[1:])}, expected the training images' {list(train.shape[1:])} (C, H, W);"
             " evaluate with the data the model was trained on"
         )
+    for what, names, images in (("sample", sample_names, samples), ("training image", train_names, train)):
+        if names is not None and len(names) != len(images):
+            raise InputError(f"{len(names):,} {what} names for {len(images):,} pictures, expected one a picture")
     train_distinct, holdout_distinct = check_sets(train, holdout, flips=flips)
 
     count = min(len(train_distinct), len(holdout_distinct))
@@ -112,7 +119,7 @@ def evaluate(
             "holdout_distinct": len(holdout_distinct),
         },
         "frechet": {"pixel": {"reference": reference} | _pixel_distances(samples, train, holdout)},
-        "memorization": (copying := _copying(*near, count, threshold, bootstrap=bootstrap, seed=seed)),
+        "memorization": (copying := _copying(*near, count, threshold, train_names, bootstrap=bootstrap, seed=seed)),
         "copies_per_train_image": copying["copies_per_train_image"],
         "similarity": None, "quality": [], "mifid": None, "fld": None,
         "denoising_gap": denoising_gap,
@@ -129,7 +136,7 @@ def evaluate(
         )  # fmt: skip
         metrics |= told | {"frechet": told["frechet"] | metrics["frechet"]}
         scores.append(_similarity(found, control, embedder.label))
-    return Evaluation(to_json(metrics), samples, train, holdout, tuple(scores))
+    return Evaluation(to_json(metrics), samples, train, holdout, tuple(scores), sample_names, train_names)
 
 
 def _nearest(
@@ -161,6 +168,7 @@ def _copying(
     equal: Neighbours,
     count: int,
     threshold: float,
+    names: Sequence[str] | None,
     *,
     bootstrap: int,
     seed: int,
@@ -194,7 +202,10 @@ def _copying(
         "copies_per_train_image": {
             "images_copied": len(per_image),
             "histogram": {str(t): int(n) for t, n in zip(times, images_with, strict=True)},
-            "top": [{"train_index": i, "copies": n} for i, n in list(per_image.items())[:_TOP]],
+            "top": [
+                {"train_index": i, "copies": n} | ({} if names is None else {"name": names[i]})
+                for i, n in list(per_image.items())[:_TOP]
+            ],
         },
     }
 

@@ -1,14 +1,20 @@
-"""The two pictures beside a metrics.json: the first samples, and those most alike to training images."""
+"""What lies beside a metrics.json: a picture of the first samples, one of those most alike to training images, and a
+list of every sample with the training image that is nearest to it."""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastambient.evaluation.figures_layout import Block, draw
 from fastambient.evaluation.metrics import Evaluation
-from fastambient.evaluation.report_gallery import is_copy, nearest_pairs
+from fastambient.evaluation.report_gallery import is_copy, most_alike, nearest_pairs
+from fastambient.files import write_bytes
 from fastambient.pictures import grid
 
 _SAMPLES = 64
@@ -52,3 +58,35 @@ def draw_nearest(path: Path, name: str, evaluation: Evaluation) -> None:
         rows = ("sample", "nearest training image")
         blocks.append(Block(title if start == 0 else "", tiles, rows, labels, alarmed))
     draw(path, blocks)
+
+
+def write_nearest(path: Path, evaluation: Evaluation) -> None:
+    """Write nearest.csv: one row a sample, the most alike first by the gap ratio, with the training image that is
+    nearest to it and, where an embedder was given, the one that is most similar.
+
+    Columns: sample (position), sample_name, and for each measure its value (``gap_ratio``, ``similarity``), ``_copy``
+    (0 or 1, at the threshold of metrics.json), ``_train_index``, ``_train_name`` and ``_mirrored`` (0 or 1).
+    """
+    first, names = evaluation.scores[0], evaluation.train_names
+    header = ["sample", "sample_name"]
+    columns: list[Sequence[Any]] = []
+    for s in evaluation.scores:
+        header += [s.key, *(f"{s.key}_{what}" for what in ("copy", "train_index", "train_name", "mirrored"))]
+        index = s.index.tolist()
+        columns += [
+            [f"{value:.6g}" for value in s.values.tolist()], is_copy(s.values, s).astype(int).tolist(), index,
+            [""] * len(index) if names is None else [_cell(names[i]) for i in index],
+            s.mirrored.astype(int).tolist(),
+        ]  # fmt: skip
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for n in most_alike(first.values, first).tolist():
+        own = "" if evaluation.sample_names is None else _cell(evaluation.sample_names[n])
+        writer.writerow([n, own, *(column[n] for column in columns)])
+    write_bytes(path, text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _cell(name: str) -> str:
+    """A name that a spreadsheet does not take for a formula: "./" in front is the same file."""
+    return f"./{name}" if name[:1] in "=+-@\t\r" and name else name

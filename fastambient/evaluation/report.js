@@ -111,18 +111,25 @@
       const value = element("strong"), badge = element("span", { className: "badge" });
       const left = element("span"), right = element("span");
       const numbers = element("div", { className: "unit" }, left, right), words = element("p", {}, value, " ", badge);
-      for (const e of [numbers, words]) e.setAttribute("aria-hidden", "true");  // the picture's label says the same
-      cards[i] = { li: element("li", {}, two, numbers, words), sample, train, two, value, badge, left, right };
+      const name = element("bdi"), names = element("div", { className: "names" }, name);
+      for (const e of [numbers, words, names]) e.setAttribute("aria-hidden", "true");  // the picture's label says the same
+      cards[i] = { li: element("li", {}, two, numbers, words, names), sample, train, two, value, badge, left, right, name, names };
     }
     return cards[i];
   }
+  // [name of the sample, name of its nearest training image], "" where it is not known.
+  function named(s, k) {
+    const { samples, train } = run().names;
+    return [samples ? samples[k] : "", train ? train[s.place[k]] : ""];
+  }
   function mark(c, s, k) {
     const n = run().shown[k], v = s.values[n], copy = isCopy(v, s, threshold());
+    const [mine, theirs] = named(s, k), beside = theirs ? `, ${theirs}` : "", own = mine ? `, ${mine},` : "";
     const flipped = s.mirrored[k] ? " (mirrored)" : "";
     c.li.className = copy ? "copy" : "";
     c.badge.textContent = copy ? "copy" : "";
     c.two.setAttribute("aria-label",
-      `Sample ${n} beside training image ${s.index[k]}${flipped}, ${s.key.replace("_", " ")} ${v.toFixed(3)}${copy ? ", copy" : ""}`);
+      `Sample ${n}${own} beside training image ${s.index[k]}${beside}${flipped}, ${s.key.replace("_", " ")} ${v.toFixed(3)}${copy ? ", copy" : ""}`);
   }
   function render() {
     const s = score(), shown = run().shown, pages = Math.max(1, Math.ceil(state.list.length / PAGE));
@@ -135,6 +142,10 @@
       c.value.textContent = s.values[n].toFixed(3);
       c.left.textContent = `#${n}`;
       c.right.textContent = `#${s.index[k]}${s.mirrored[k] ? " \u2194" : ""}`;
+      const [mine, theirs] = named(s, k);
+      c.name.textContent = theirs;
+      c.names.hidden = !theirs;
+      c.li.title = [mine, theirs].filter(Boolean).join(" \u2192 ");
       mark(c, s, k);
       draw(c.sample, "samples", k, false);
       draw(c.train, "train", s.place[k], s.mirrored[k] === 1);

@@ -197,6 +197,8 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
         return []
     space, rows = f"{_space(s['embedder'])}, cosine", []
     alike = " Small pictures of one kind reach it in pixels without being copies." if s["embedder"] == "pixel" else ""
+    fewer = at(s, "control/images") != at(metrics, "counts/train_distinct")
+    at_equal = {level: at(s, f"control/train_above_{level}") for level in ("0.9", "0.95") if fewer}
     for level in ("0.9", "0.95"):
         ci, control, excess = s.get(f"above_{level}_ci95"), s.get(f"holdout_above_{level}"), s.get(f"excess_{level}")
         rows += [
@@ -208,12 +210,12 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
             Figure(
                 COPYING, f"Excess above {level}", space,
                 "The same less its share among equally many held-out images: what chance does not explain.",
-                _share(excess), _beside(s.get(f"excess_{level}_ci95"), control), "lower",
+                _share(excess), _beside(s.get(f"excess_{level}_ci95"), control, at_equal.get(level)), "lower",
             ),
         ]  # fmt: skip
     control, equal = s.get("holdout_mean"), at(s, "control/train_mean")
     beside = "no held-out images" if control is None else f"held-out {number(control)}"
-    if equal is not None and at(s, "control/images") != at(metrics, "counts/train_distinct"):
+    if equal is not None and fewer:
         beside = f"{number(equal)} at equal counts, {beside}"
     rows.append(
         Figure(
@@ -225,13 +227,14 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
     return rows
 
 
-def _beside(ci95: Sequence[float] | None, control: float | None) -> str:
-    """An excess's interval, and the control's share."""
+def _beside(ci95: Sequence[float] | None, control: float | None, equal: float | None) -> str:
+    """An excess's interval, the control's share, and that among as many training images where those are not all."""
     if control is None:
         return "no held-out images"
     # It may begin below 0, where a dash between the ends would be read twice.
     ends = "" if ci95 is None else " to ".join(number(round(100 * side, 1)) for side in ci95) + "\N{NO-BREAK SPACE}%, "
-    return f"{ends}held-out {percent(control)}"
+    least = "" if equal is None else f"{percent(equal)} at equal counts, "
+    return f"{ends}{least}held-out {percent(control)}"
 
 
 def _likeness(metrics: dict[str, Any]) -> list[Figure]:

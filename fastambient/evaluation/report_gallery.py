@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
+from fastambient.console import shown_name
 from fastambient.evaluation.metrics import Evaluation, Score
 from fastambient.pictures import as_pictures
 
@@ -153,16 +154,32 @@ def gallery_data(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, Shee
         name: {"width": p.width, "height": p.height, "columns": p.columns, "each": p.each, "mime": p.mime}
         for name, p in pictures.items()
     }
-    numbers = {"total": len(evaluation.samples), "shown": _packed(chosen, "<i4"), "scores": scores, "sheets": layout}
+    names = {
+        "samples": _named(evaluation.sample_names, chosen.tolist()),
+        "train": _named(evaluation.train_names, used[order].tolist()),
+    }
+    numbers = {
+        "total": len(evaluation.samples), "shown": _packed(chosen, "<i4"), "scores": scores, "sheets": layout,
+        "names": names,
+    }  # fmt: skip
     return numbers, pictures
 
 
-def most_copied(evaluation: Evaluation) -> list[tuple[int, int, np.ndarray]]:
-    """(position, copies, uint8 [C, H, W], at most 128 pixels) of the training images that were copied most."""
+def _named(names: Sequence[str] | None, positions: Sequence[int]) -> list[str] | None:
+    return None if names is None else [shown_name(names[i]) for i in positions]
+
+
+def most_copied(evaluation: Evaluation) -> list[tuple[int, int, str, np.ndarray]]:
+    """(position, copies, name or "", uint8 [C, H, W], at most 128 pixels) of the training images that were copied
+    most."""
     m = evaluation.metrics
     found = m.get("copies_per_train_image") or m["memorization"].get("copies_per_train_image") or {}
-    rows: Sequence[dict[str, int]] = found.get("top") or ()
-    return [(row["train_index"], row["copies"], reduced(evaluation.train[[row["train_index"]]])[0]) for row in rows]
+    rows: Sequence[dict[str, Any]] = found.get("top") or ()
+    return [
+        (i, row["copies"], shown_name(row.get("name", "")), reduced(evaluation.train[[i]])[0])
+        for row in rows
+        for i in [row["train_index"]]
+    ]
 
 
 def _packed(values: np.ndarray, kind: str) -> str:

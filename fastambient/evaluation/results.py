@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ class Evaluation:
     metrics: the content of metrics.json (JSON types only).
     samples, train: uint8 [N, C, H, W] and [M, C, H, W]; holdout: the same, or None where nothing is held out.
     scores: the gap ratio first; the cosine similarity where an embedder was given.
+    sample_names, train_names: what each sample and training image is called where it came from ("cats/17.png",
+    "seed 17"), or None where nothing is known but its position.
     """
 
     metrics: dict[str, Any]
@@ -46,3 +49,5 @@ class Evaluation:
     train: np.ndarray
     holdout: np.ndarray | None
     scores: tuple[Score, ...]
+    sample_names: Sequence[str] | None = None
+    train_names: Sequence[str] | None = None

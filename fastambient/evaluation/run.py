@@ -16,10 +16,10 @@ from fastambient.evaluation.denoising_gap import denoising_gap
 from fastambient.evaluation.embedders import Embedder, load_embedder
 from fastambient.evaluation.features import default_cache
 from fastambient.evaluation.metrics import check_sets, evaluate
-from fastambient.evaluation.overviews import draw_nearest, draw_samples
+from fastambient.evaluation.overviews import draw_nearest, draw_samples, write_nearest
 from fastambient.evaluation.report import RunReport, write_report
 from fastambient.files import write_json
-from fastambient.pictures import load_pictures
+from fastambient.pictures import load_pictures, picture_names
 from fastambient.sampling import load, sample
 from fastambient.training import checkpoint
 from fastambient.training.config import EvaluationSettings
@@ -33,13 +33,14 @@ _GAP_IMAGES = 200  # of each side
 class Evaluated:
     """The content of a metrics.json and what the report shows of it.
 
-    file, page : where they were written
+    file, page, pairs : where they were written; pairs: the list of samples and their nearest training images
     """
 
     metrics: dict[str, Any]
     report: RunReport
     file: Path
     page: Path
+    pairs: Path
 
 
 def evaluate_run(
@@ -70,8 +71,9 @@ def evaluate_run(
         settings evaluation.features, .weights, .preprocess
     cache : folder of features; None for `default_cache`
 
-    Writes metrics.json, evaluation.png, nearest.png and report.html into the run; with `out`, that file and, beside
-    it, the others with its name in front (``m.json``, ``m-report.html``): figures of one evaluation stay together.
+    Writes metrics.json, evaluation.png, nearest.png, nearest.csv and report.html into the run; with `out`, that file
+    and, beside it, the others with its name in front (``m.json``, ``m-report.html``): figures of one evaluation stay
+    together.
 
     Raises
     ------
@@ -107,16 +109,17 @@ def evaluate_run(
     seeds, gap, stats = None, None, run.read_stats()
     trained = stats[-1]["nimg"] / 1000 if stats else None  # in kimg
     if samples is not None:
-        pictures = load_pictures(samples)
+        pictures, names = load_pictures(samples), picture_names(samples)
         if num is not None:
             if num > len(pictures):
                 raise InputError(f"--num {num}: {samples} holds {len(pictures)} pictures")
-            pictures = pictures[:num]
+            pictures, names = pictures[:num], None if names is None else names[:num]
     else:
         count = settings.evaluation.num if num is None else num
         denoiser = load(run.weights if run.weights.is_file() else path, device=device)
         with progress("sampling", count) as advance:
             pictures = sample(denoiser, range(count), on_batch=advance).numpy()
+        names = [f"seed {i}" for i in range(count)]
         seeds, trained = f"0-{count - 1}", denoiser.metadata["nimg"] / 1000
         gap = _denoising_gap(denoiser, store, train, holdout, seed=e.seed)
     stopped = (checkpoint.last_state(run.checkpoints) or {}).get("ended")  # by its own rule: it is finished
@@ -124,7 +127,8 @@ def evaluate_run(
         warn(f"{path} is not finished: {trained:g} of {settings.training.kimg:g} kimg; longer training copies more")
     evaluation = evaluate(
         pictures, train, holdout, embedder=embedder, cache=cache or default_cache(), denoising_gap=gap,
-        threshold=e.threshold, bootstrap=e.bootstrap, seed=e.seed, flips=flips,
+        threshold=e.threshold, bootstrap=e.bootstrap, seed=e.seed, flips=flips, sample_names=names,
+        train_names=store.train.names,
         settings={
             "sigma_tn": settings.noise.sigma_tn,
             "resolution": store.resolution,
@@ -141,6 +145,7 @@ def evaluate_run(
     name = name or path.resolve().name
     draw_samples(beside("evaluation.png"), name, pictures, seeded=samples is None)
     draw_nearest(beside("nearest.png"), name, evaluation)
+    write_nearest(beside("nearest.csv"), evaluation)
     report = RunReport(
         name=name,
         sigma_tn=settings.noise.sigma_tn or 0.0,
@@ -150,7 +155,7 @@ def evaluate_run(
         timeline=run.read_audits(),
     )
     write_report(beside("report.html"), [report], title=f"fastambient: {report.name}")
-    return Evaluated(evaluation.metrics, report, target, beside("report.html"))
+    return Evaluated(evaluation.metrics, report, target, beside("report.html"), beside("nearest.csv"))
 
 
 def open_embedder(features: str, weights: Path | None, preprocess: str, *, device: str = "cpu") -> Embedder | None:

@@ -10,8 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fastambient.console import shown_name
 from fastambient.evaluation.report import RunReport, fd_note
 from fastambient.evaluation.report_figures import summary
+
+_NAMED = 3  # of the most copied training images
 
 
 class Measured(Protocol):
@@ -33,12 +36,17 @@ class Written(Measured, Protocol):
     @property
     def page(self) -> Path: ...
 
+    @property
+    def pairs(self) -> Path: ...
+
 
 def print_found(evaluated: Written) -> None:
     """The table of one evaluation, what was found, and where it was written."""
     print_table([evaluated])
+    if copied := most_copied(evaluated.metrics):
+        print(copied)
     print(sentence(evaluated.metrics))
-    print(f"written: {evaluated.page}, {evaluated.file}")
+    print(f"written: {evaluated.page}, {evaluated.file}, {evaluated.pairs}")
 
 
 def sentence(metrics: dict[str, Any]) -> str:
@@ -46,6 +54,19 @@ def sentence(metrics: dict[str, Any]) -> str:
     found = summary(metrics)
     lead = found["lead"].replace("\N{NO-BREAK SPACE}", " ").replace("\N{EN DASH}", " - ")
     return f"{lead} {found['doubt']}".rstrip()
+
+
+def most_copied(metrics: dict[str, Any]) -> str:
+    """The training images with the most copies, by name where there is one; "" where nothing was copied."""
+    found = metrics["memorization"]["copies_per_train_image"]
+    top, images = found["top"][:_NAMED], found["images_copied"]
+    if not top:
+        return ""
+    how = "most often" if top[0]["copies"] > 1 else "each once, among them" if images > len(top) else "each once:"
+    names = (shown_name(row["name"]) if "name" in row else f"training image {row['train_index']}" for row in top)
+    told = (f"{name} ({row['copies']} times)" if row["copies"] > 1 else name
+            for name, row in zip(names, top, strict=True))  # fmt: skip
+    return f"copied: {images:,} training image{'s' if images > 1 else ''}, {how} {', '.join(told)}"
 
 
 def print_table(evaluated: Sequence[Measured]) -> None:

@@ -61,7 +61,9 @@ def weights_file(path: Path) -> Path:
         path = path / "model.safetensors"
         if not path.is_file():
             raise InputError(
-                f"{path.parent} holds no model.safetensors; train it first, or wait for its first checkpoint"
+                f"{path.parent} holds no model.safetensors: train it first, or wait for its first checkpoint"
+                if (path.parent / "config.yaml").is_file()
+                else f"{path.parent} is no run folder: it holds neither model.safetensors nor config.yaml"
             )
     if not path.is_file():
         raise InputError(f"there is no run or weights file {path}{nearest_beside(path)}")

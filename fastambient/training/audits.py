@@ -42,7 +42,8 @@ def check_audits(settings: Settings, data: Source | Store | ShardStream | None) 
     A SOURCE is asked again as the store that it becomes.
     """
     if settings.training.audit_kimg:
-        need_holdout("--audit-every", settings, data)
+        stops = settings.training.stop_when_copying is not None
+        need_holdout("--stop-when-copying" if stops else "--audit-every", settings, data)
 
 
 def need_holdout(what: str, settings: Settings, data: Source | Store | ShardStream | None) -> None:

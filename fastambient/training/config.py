@@ -20,7 +20,7 @@ import yaml
 
 from fastambient.data.downloads import CACHE_GB
 from fastambient.diffusion.ambient import default_sigma_tn
-from fastambient.errors import InputError, check_seed, did_you_mean
+from fastambient.errors import InputError, check_seed, did_you_mean, nearest_beside
 from fastambient.models.presets import PRESETS, default_preset
 from fastambient.sampling import SamplingSettings, check_sampling
 
@@ -225,7 +225,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the settings file {path}: {error}") from None
+        raise InputError(f"cannot read the settings file {path}: {error}{nearest_beside(path)}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

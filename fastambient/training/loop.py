@@ -272,6 +272,7 @@ class Trainer:
 
     monitor: Monitor | None = None
     predicted_memory: float | None = None  # bytes of a rank
+    memory_before = 0  # bytes at most, before the run was opened
 
     def train(self) -> None:
         """Run to the end, or to a signal."""
@@ -349,8 +350,12 @@ class Trainer:
                 say(told)
             predicted = self.predicted_memory
             of_the_run = "" if predicted is None else f"; {predicted / 2**30:.2f} GiB were predicted for the run's own"
-            whole = "of the GPU" if world.device.type == "cuda" else "of the process with its libraries"
-            say(f"peak memory {peak_memory(world.device) / 2**30:.2f} GiB {whole}{of_the_run}")
+            peak = peak_memory(world.device)
+            whole = "of the GPU"
+            if world.device.type != "cuda":
+                added = (peak - self.memory_before) / 2**30
+                whole = f"of the process with its libraries, {added:.2f} GiB of it since the run was opened"
+            say(f"peak memory {peak / 2**30:.2f} GiB {whole}{of_the_run}")
 
     def interrupted(self, stop: StopSignal) -> NoReturn:
         """End by the signal that came, or that another rank got; the checkpoint is written."""
@@ -373,7 +378,9 @@ def train(path: Path, world: World, *, resume: bool) -> None:
     Interrupted : a signal stopped it, after a checkpoint
     InputError, FastambientError : see the parts
     """
+    before = peak_memory(world.device)
     trainer = Trainer(RunFolder(path), world, planned=not resume)
+    trainer.memory_before = before
     s, n = trainer.settings, trainer.settings.noise
     resumed = resume and trainer.restore()
     if world.first:

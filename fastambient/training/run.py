@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fastambient.data.store import Store
+from fastambient.data.store import Store, is_store
 from fastambient.data.streaming import ShardStream
 from fastambient.errors import InputError, nearest_beside
 from fastambient.files import remove_leftovers, sha256_file, write_bytes
@@ -73,7 +73,7 @@ class RunFolder:
         if not path.is_dir():
             raise InputError(f"there is no run folder {path}{nearest_beside(path)}")
         if not run.config.is_file():
-            raise InputError(f"{path} is no run folder: it holds no config.yaml")
+            raise InputError(f"{path} is no run folder: it holds no config.yaml{_what_it_is(path)}")
         return run
 
     @property
@@ -96,8 +96,8 @@ class RunFolder:
         path = at or self.store_path
         if at is None and not path.exists():
             raise InputError(
-                f"{self.path} was trained on the store {path}, which is not there; put it back, say where it lies now"
-                f" (evaluate --data STORE), or correct data.source in {self.config}"
+                f"{self.path} was trained on the store {path}, which is not there: put it back, or write where it"
+                f" lies now into data.source of {self.config}; evaluate also takes --data STORE"
             )
         if at is not None and not self._store_sha256.is_file():
             raise InputError(f"--data {at}: {self.path} does not say which store it was trained on; leave --data out")
@@ -191,6 +191,17 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+
+def _what_it_is(path: Path) -> str:
+    """What a folder that is no run is instead, where that can be told, to name the one that was meant."""
+    if is_store(path):
+        return "; it is a store: train on it (train --data), and name that run"
+    runs = sorted(file.parent for file in path.glob("*/config.yaml"))
+    if runs:
+        more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+        return f"; runs lie in it: {runs[0]}{more}"
+    return ""
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

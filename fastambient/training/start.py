@@ -279,7 +279,7 @@ def start(path: Path, *, resume: bool = False, ranks: int | None = None, device:
         if t.batch % ranks:
             raise InputError(f"a batch of {t.batch} does not divide among {ranks} ranks; use a divisor of {t.batch}")
         if resume and (how := finished(run, settings)):
-            say(f"{path} is finished: {how}, weights in {run.weights}")
+            say(f"{path} is finished: {how}, weights in {run.weights}{_how_to_extend(path, settings)}")
             return
         if ranks == 1:
             train(path, World(device=torch.device(device)), resume=resume)
@@ -346,9 +346,12 @@ def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None
             options = {k: dict(v) for k, v in (request.options or {}).items()}
             options.setdefault("noise", {})["sigma_tn"] = choice.sigma_tn
             request = replace(request, options=options, auto_sigma_tn=False)
-        create_run(plan(request, verify=choice is None), out, force=force)
+        planned = plan(request, verify=choice is None)
+        _say_if_other_level(planned)
+        create_run(planned, out, force=force)
         if choice is not None:
             choice.write(out)
+        _say_if_digits(request)
         start(out)
         return
     if request.auto_sigma_tn:
@@ -360,12 +363,50 @@ def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None
     _under_torchrun(lambda: create_run(plan(request), out, force=force), resume=False)
 
 
-def resume(path: Path, *, ranks: int | None = None, device: str | None = None) -> None:
-    """Continue a run, on its own ranks or on others: the numbers do not depend on them."""
+def resume(path: Path, *, ranks: int | None = None, device: str | None = None, kimg: float | None = None) -> None:
+    """Continue a run, on its own ranks or on others: the numbers do not depend on them.
+
+    kimg : its new length, see `set_length`
+    """
+
+    def found() -> Path:
+        run = RunFolder.existing(path)
+        if kimg is not None:
+            with run.lock():
+                set_length(run, kimg)
+        return run.path
+
     if inside_launcher():
-        _under_torchrun(lambda: RunFolder.existing(path).path, resume=True)
+        _under_torchrun(found, resume=True)
     else:
-        start(path, resume=True, ranks=ranks, device=device)
+        start(found(), resume=True, ranks=ranks, device=device)
+
+
+def set_length(run: RunFolder, kimg: float) -> None:
+    """Give a run another length, also one that is finished: no other setting follows from the length, so the numbers
+    are those of a run that was this long from the start. Its figures are of its old weights until it is evaluated.
+
+    Raises
+    ------
+    InputError : a length that it already has behind it, or a run that its stop rule ended
+    """
+    settings = run.read_settings()
+    state = checkpoint.last_state(run.checkpoints) or {}
+    trained = state.get("nimg", 0) / 1000
+    if state.get("ended") == "copying":
+        raise InputError(f"--kimg {kimg:g}: {run.path} was ended by --stop-when-copying, it does not go on")
+    if not kimg > trained:  # not a number, too
+        raise InputError(f"--kimg {kimg:g}: {run.path} has trained {trained:g} kimg; name its whole length, above that")
+    longer = settings.with_values({"training": {"kimg": kimg}}, where="--kimg")
+    check(longer)
+    run.write_settings(longer)
+
+
+def _how_to_extend(path: Path, settings: Settings) -> str:
+    """For a run that reached its length."""
+    if (checkpoint.last_state(RunFolder(path).checkpoints) or {}).get("ended") == "copying":
+        return ""
+    return f"; for a longer one: {how_to_resume(path).partition(': ')[2]} --kimg {2 * settings.training.kimg:g}"
 
 
 def _under_torchrun(prepare_run: Callable[[], Path], *, resume: bool) -> None:
@@ -375,10 +416,24 @@ def _under_torchrun(prepare_run: Callable[[], Path], *, resume: bool) -> None:
     with run.lock() if world.first else contextlib.nullcontext():
         if resume and (how := finished(run, run.read_settings())):
             if world.first:
-                say(f"{path} is finished: {how}, weights in {run.weights}")
+                settings = run.read_settings()
+                say(f"{path} is finished: {how}, weights in {run.weights}{_how_to_extend(path, settings)}")
         else:
             train(path, world, resume=resume)
     leave_world()
+
+
+def _say_if_digits(request: TrainRequest) -> None:
+    """Nobody who has forgotten --data should wait for a model of digits."""
+    named = request.config is not None or any(text.strip().startswith("data.source") for text in request.assignments)
+    if request.data is None and not named:
+        say("no --data: training on the built-in 8x8 digits")
+
+
+def _say_if_other_level(planned: Plan) -> None:
+    store, asked = planned.data, planned.settings.noise.sigma_tn
+    if isinstance(store, Store) and store.sigma_tn is not None and asked != store.sigma_tn:
+        say(f"sigma_tn {asked:g} as asked for; {store.path} was prepared with {store.sigma_tn:g}")
 
 
 def describe(request: TrainRequest) -> str:
