@@ -16,7 +16,7 @@ from typing import Any
 from fastambient.console import duration, warn
 from fastambient.files import write_bytes, write_json
 from fastambient.sweep import BASELINES, TARGET
-from fastambient.sweep_plot import plot_pareto
+from fastambient.sweep_plot import plot_pareto, plot_training
 from fastambient.sweep_results import KINDS, WITHIN, over_seeds, summarize, table
 
 READING = ("<!-- reading: begin -->", "<!-- reading: end -->")
@@ -104,6 +104,11 @@ def section(name: str, found: dict[str, Any], figure: str | None = None) -> list
         "",
         f"![Frechet distance against copies, {name}](pareto-{name}.svg)",
         "",
+        *(
+            [f"![Copies and Frechet distance over images seen, {name}](training-{name}.svg)", ""]
+            if _audited(cells)
+            else []
+        ),
         *_comparison("Ambient less the baseline, seed by seed", rows),
     ]
     clear = {k: [r["sigma_tn"] for r in rows if r["against"] == k and r["clear"]] for k in ("edm", "early-stop")}
@@ -129,6 +134,11 @@ def section(name: str, found: dict[str, Any], figure: str | None = None) -> list
     return lines
 
 
+def _audited(cells: list[dict[str, Any]]) -> bool:
+    """Whether runs that went on to their end were audited on the way: then there are curves over training."""
+    return any(len(c.get("audits") or ()) > 1 for c in cells if c["kind"] != "early-stop")
+
+
 def _comparison(title: str, rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table of `differences`."""
     return [
@@ -152,6 +162,7 @@ def merge(file: Path, summary: dict[str, Any], *, device: str, date: str) -> Non
     length, number of samples ...) are another experiment: they are dropped, and it is said.
     """
     settings = dict(summary["settings"])
+    settings["data"] = Path(settings["data"]).name  # wherever it lies
     rows = {c["name"]: c | {"device": device, "date": date} for c in summary["cells"]}
     if file.is_file():
         there = json.loads(file.read_text())
@@ -172,9 +183,8 @@ def row_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Name of a sweep: content of its file of rows; the order is the names', digits by their numbers."""
     files = {p.stem.removeprefix("sweep-"): p for p in folder.glob("sweep-*.json")}
 
-    def order(name: str) -> tuple[str, int]:
-        group, _, number = name.partition("-")
-        return group, int(number) if number.isdecimal() else 0
+    def order(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdecimal() else (0, part) for part in name.split("-")]
 
     return {name: json.loads(files[name].read_text()) for name in sorted(files, key=order)}
 
@@ -217,12 +227,15 @@ def document(rows: Path, page: Path | None = None) -> str:
 
 
 def write_page(rows: Path, page: Path) -> None:
-    """The page, and beside it a curve for each file of rows."""
+    """The page, and beside it the curves of each file of rows."""
     write_bytes(page, document(rows, page).encode())
     for name, found in row_files(rows).items():
         with tempfile.TemporaryDirectory() as folder:
-            plot_pareto(Path(folder) / "pareto", summarize(found["rows"], target=TARGET, within=WITHIN))
-            write_bytes(page.parent / f"pareto-{name}.svg", (Path(folder) / "pareto.svg").read_bytes())
+            summary = summarize(found["rows"], target=TARGET, within=WITHIN)
+            plot_pareto(Path(folder) / "pareto", summary)
+            plot_training(Path(folder) / "training", summary)
+            for drawn in Path(folder).glob("*.svg"):
+                write_bytes(page.parent / f"{drawn.stem}-{name}.svg", drawn.read_bytes())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 DIR/store         the prepared data set (unless a STORE was given)      DIR/logs/   what each cell's commands said
 DIR/NAME/         a run folder a cell: EDM or ambient diffusion at one sigma_tn and seed, or a baseline
 DIR/sweep.json    every cell's and every configuration's numbers, the rule and the chosen sigma_tn
-DIR/table.md  DIR/pareto.svg  DIR/pareto.png
+DIR/table.md  DIR/pareto.svg  DIR/pareto.png   (with --audit-every also DIR/training.svg and .png)
 DIR/report.html   the choice, curve and table, and the figures and pictures of every configuration's first seed
 
 A cell is trained, sampled and measured as by ``train --resume``, ``sample`` and ``evaluate``, in a process of its own
@@ -372,12 +372,13 @@ def _write(request: SweepRequest, planned: list[Cell], summary: dict[str, Any], 
     """sweep.json, table, curve, and the page with the first seed of every configuration."""
     from fastambient.evaluation.report import SweepReport, write_report
     from fastambient.evaluation.run import evaluate_run
-    from fastambient.sweep_plot import plot_pareto
+    from fastambient.sweep_plot import plot_pareto, plot_training
 
     write_json(out / "sweep.json", summary)
     text = table(summary)
     write_bytes(out / "table.md", text.encode())
     plot_pareto(out / "pareto", summary)
+    audited = plot_training(out / "training", summary)
     print(text)
     features = {} if request.features is None else {"features": request.features}
     runs = [
@@ -393,6 +394,7 @@ def _write(request: SweepRequest, planned: list[Cell], summary: dict[str, Any], 
         COLUMNS,
         rows_for_people(summary),
         (out / "pareto.png").read_bytes(),
+        (out / "training.png").read_bytes() if audited else None,
     )
     title = f"fastambient sweep: {request.data}; pictures of seed {request.seeds[0]}"
     write_report(out / "report.html", runs, title=title, sweep=found)

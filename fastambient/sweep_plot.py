@@ -1,4 +1,4 @@
-"""pareto.png and pareto.svg: quality against copying (Fig. 1 of Shah et al., 2025, on the data of a sweep)."""
+"""The figures of a sweep: quality against copying (Fig. 1 of Shah et al., 2025) and both against images seen."""
 
 from __future__ import annotations
 
@@ -63,6 +63,52 @@ def plot_pareto(path: Path, summary: dict[str, Any]) -> None:
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(path, figure)
+
+
+def plot_training(path: Path, summary: dict[str, Any]) -> bool:
+    """Copies (controlled) and Frechet distance in pixel space over images seen, of the audits that every run made while
+    it trained: a curve a configuration, the mean over its seeds, in a band from the lowest to the highest seed. Early
+    stopping is EDM up to its end and has none.
+
+    Returns
+    -------
+    Whether there were audits to draw: nothing is written without.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    runs = [c for c in summary["cells"] if c["kind"] != "early-stop" and len(c.get("audits") or ()) > 1]
+    if not runs:
+        return False
+    figure = Figure(figsize=(10.0, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    levels = sorted({c["sigma_tn"] for c in runs if c["sigma_tn"]})
+    for kind, level in dict.fromkeys((c["kind"], c["sigma_tn"]) for c in runs):
+        each = [c["audits"] for c in runs if (c["kind"], c["sigma_tn"]) == (kind, level)]
+        at = sorted(set.intersection(*({a["kimg"] for a in audits} for audits in each)))
+        shade = 0.45 + 0.5 * (levels.index(level) + 1) / len(levels) if level else 0.0
+        map_name, dashes = {"ambient": ("Blues", "-"), "fresh-noise": ("Oranges", "--")}.get(kind, ("", ""))
+        color = colormaps[map_name](shade) if map_name else _STYLE["weight-decay"][0] if kind != "edm" else "#222222"
+        label = KINDS[kind] + (f" {level:g}" if level else "")
+        for axes, key, scale in zip(panels, ("excess", "fd"), (100, 1), strict=True):
+            seeds = [[scale * a[key] for a in audits if a["kimg"] in at] for audits in each]
+            mean = [sum(values) / len(values) for values in zip(*seeds, strict=True)]
+            axes.plot(
+                at, mean, color=color, linestyle=dashes or "-.", marker=_STYLE[kind][1], markersize=3, label=label
+            )
+            if len(each) > 1:
+                low, high = ([edge(values) for values in zip(*seeds, strict=True)] for edge in (min, max))
+                axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
+    samples = dict.fromkeys(figure_name("FD", a["samples"], "held-out") for c in runs for a in c["audits"])
+    for axes, what in zip(panels, ("copies less those of the control (% of samples)", f"{' | '.join(samples)} (pixel)"),
+                          strict=True):  # fmt: skip
+        axes.set_xlabel("images seen (kimg)")
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize="small")
+    save_figure(path, figure)
+    return True
 
 
 def _error(found: dict[str, Any], scale: float) -> list[list[float]] | None:

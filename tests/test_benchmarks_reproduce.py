@@ -61,6 +61,21 @@ def test_each_run_where_it_is_best(tmp_path):
     assert found["fd"]["mean"] == pytest.approx(-0.09) and found["excess"]["mean"] == pytest.approx(0.02)
     reproduce_page.merge(tmp_path / "sweep-a.json", summary, **DAY)
     assert "so that EDM is EDM stopped early" in reproduce_page.document(tmp_path)
+    reproduce_page.write_page(tmp_path, tmp_path / "results.md")
+    assert "(training-a.svg)" in (tmp_path / "results.md").read_text()
+    svg = (tmp_path / "training-a.svg").read_text()
+    assert "<!-- ambient 0.2 -->" in svg and "<!-- EDM -->" in svg and "<!-- early stop -->" not in svg
+
+
+def test_files_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ("pictures-16-100", "digits-300", "pictures-16", "digits-30", "pictures-32"):
+        reproduce_page.merge(tmp_path / f"sweep-{name}.json", swept(("edm", 0, 0.6, 1.5)), **DAY)
+    found = list(reproduce_page.row_files(tmp_path))
+    assert found == ["digits-30", "digits-300", "pictures-16", "pictures-16-100", "pictures-32"]
+    other = swept(("edm", 0, 0.6, 1.5))
+    other["settings"] = other["settings"] | {"data": "/home/somebody/pictures.zip"}
+    reproduce_page.merge(tmp_path / "sweep-x.json", other, **DAY)
+    assert "somebody" not in (tmp_path / "sweep-x.json").read_text()
 
 
 def test_the_document_holds_what_was_measured_and_nothing_else(tmp_path):
@@ -84,7 +99,7 @@ def test_the_document_holds_what_was_measured_and_nothing_else(tmp_path):
     assert again == text.replace(end, f"What they show.\n\nMore.\n{end}"), "people's reading is kept, no number is"
     assert "a machine, measured 2026-11-24" in first and "64 kimg a run" in first and "seeds [0, 1, 2]" in first
     assert "| 0.2 | EDM | 3 | -50.0 (-50.0 to -50.0) | +0 (+0 to +0) | better |" in first.replace("-0 ", "+0 ")
-    assert "denoised" not in text
+    assert "denoised" not in text and "training-" not in text, "no audits were made on the way"
     (tmp_path / "denoised-digits-100.png").write_bytes(b"a picture")
     assert "(denoised-digits-100.png)" in reproduce_page.document(tmp_path, page).split("## pictures-16")[0]
 
@@ -145,7 +160,11 @@ def test_the_sweeps_of_each_part():
     assert apart.seeds == (2,) and apart.noise_seed >= 1000 + 27, "no fixed noise of another seed"
     assert {len(cells(r)) for r in found.values()} == {27} and found["digits-300"].kimg == 192
     found = reproduce.requests(arguments("--part", "pictures,figures", "--source", "x.zip", "--gpus", "0"))
-    assert list(found) == ["pictures-16", "pictures-16-many", "pictures-32", "pictures-32-many"]
+    names = ["pictures-16", "pictures-32", "pictures-16-100"]
+    assert list(found) == [name for each in names for name in (each, f"{each}-many")]
+    assert found["pictures-16-100"].kimg == 96 and "data.train=100" in found["pictures-16-100"].assignments
+    assert {r.features for r in found.values()} == {"efficientnet-lite0"}
+    assert found["pictures-16"].audit_every == 36
     assert found["pictures-16"].sigma_tn == (0, 0.1875, 0.375, 0.75) and found["pictures-32"].sigma_tn[2] == 0.75
     assert "data.train=300" in found["pictures-32"].assignments
     assert "data.train=10000" in found["pictures-32-many"].assignments and len(cells(found["pictures-32-many"])) == 1

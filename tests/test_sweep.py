@@ -130,6 +130,21 @@ def test_the_table_says_what_it_holds_and_the_curve_is_drawn(tmp_path):
     assert "<!-- lower left is better; one seed; dotted: target -->" in (tmp_path / "one.svg").read_text()
 
 
+def test_curves_over_training(tmp_path):
+    """The mean over seeds where all of them have an audit; a sweep without audits has none."""
+    rows = [audited(row(k, s, seed, 0.3, 1.5), (8, 0.0, 2.0 + seed), (16, 0.1 + 0.1 * seed, 1.0)) for seed in (0, 1)
+            for k, s in (("edm", 0), ("ambient", 0.2), ("ambient", 0.4), ("fresh-noise", 0.2), ("weight-decay", 0))]  # fmt: skip
+    rows[0]["audits"].append({"kimg": 24, "samples": 512, "excess": 0.9, "fd": 0.5})  # of one seed alone
+    rows += [audited(row("early-stop", 0, 0, 0.1, 1.5), (8, 0.0, 2.0), (16, 0.1, 1.0))]
+    assert sweep_plot.plot_training(tmp_path / "training", summarize(rows, target=0.05, within=0.1))
+    svg = (tmp_path / "training.svg").read_text()
+    for text in ("EDM", "ambient 0.2", "ambient 0.4", "fresh noise 0.2", "weight decay", "FD-512 vs held-out (pixel)"):
+        assert f"<!-- {text} -->" in svg, text
+    assert "<!-- early stop -->" not in svg and "<!-- 16 -->" in svg and "<!-- 24 -->" not in svg
+    assert not sweep_plot.plot_training(tmp_path / "none", summarize([row("edm", 0, 0, 0.3, 1.5)], target=0, within=0))
+    assert not (tmp_path / "none.svg").exists()
+
+
 def audited(cell: dict, *audits: tuple[float, float, float]) -> dict:
     return cell | {"audits": [{"kimg": k, "samples": 512, "excess": e, "fd": fd} for k, e, fd in audits]}
 
@@ -274,6 +289,7 @@ def test_finished_cells_are_kept_and_others_are_refused(tmp_path, here, capsys):
     assert cell["rate"] == metrics["memorization"]["gap_ratio"]["rate"]
     for name in ("table.md", "pareto.svg", "report.html"):
         assert (out / name).is_file()
+    assert not (out / "training.svg").exists(), "no run but early-stop was audited"
     report = (out / "report.html").read_text()
     assert "edm-seed0" in report and "early-stop-seed0" in report
     assert f"Chosen sigma_tn: {choice(summary)}</p>" in report

@@ -58,7 +58,8 @@ class RunReport:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What a sweep found, above its runs: the chosen sigma_tn, why and by what rule, a table, and the curve as PNG."""
+    """What a sweep found, above its runs: the chosen sigma_tn, why and by what rule, a table, and the curves
+    as PNG: quality against copying and, where runs were audited while they trained, both over images seen."""
 
     chosen: str
     reason: str
@@ -66,6 +67,7 @@ class SweepReport:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     curve: bytes
+    training: bytes | None = None
 
 
 def write_report(path: Path, runs: Sequence[RunReport], *, title: str, sweep: SweepReport | None = None) -> None:
@@ -101,6 +103,7 @@ def write_report(path: Path, runs: Sequence[RunReport], *, title: str, sweep: Sw
         summary=[figures.summary(m) for m in metrics],
         sweep=sweep,
         curve=None if sweep is None else _data_uri(sweep.curve),
+        over=None if sweep is None or sweep.training is None else _data_uri(sweep.training),
         # Of a sweep's runs the lowest and the highest say less than its own choice.
         comparison="" if sweep else figures.compare([(run.title, run.metrics) for run in runs]),
         notes=list(dict.fromkeys(note for m in metrics for note in [*figures.notes(m), fd_note(m)] if note)),
