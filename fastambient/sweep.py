@@ -46,9 +46,9 @@ from fastambient.sweep_results import (
     table,
 )
 from fastambient.training.config import Settings, check_sigma_tn
-from fastambient.training.loop import Interrupted
 from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, create_run, finished, plan
+from fastambient.training.stopping import Interrupted
 
 BASELINES = ("fresh-noise", "weight-decay", "early-stop")
 WEIGHT_DECAY = 0.05  # decoupled, AdamW: what Transformers for images are usually trained with (He et al., 2022, MAE)

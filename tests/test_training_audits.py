@@ -22,9 +22,9 @@ from fastambient.sampling import load, sample
 from fastambient.training import audits, audits_plot, checkpoint, loop
 from fastambient.training.audits import AuditSets, check_audits, last_allowed, measure
 from fastambient.training.config import Settings, resolve
-from fastambient.training.loop import Interrupted
 from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, plan, start
+from fastambient.training.stopping import Interrupted
 
 AUDITED = ("training.audit_kimg=0.04", "evaluation.audit_num=6", "sampling.steps=2", "sampling.batch=4")
 

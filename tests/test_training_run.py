@@ -29,12 +29,12 @@ from fastambient.errors import FastambientError, InputError
 from fastambient.evaluation.run import evaluate_run
 from fastambient.pictures import grid
 from fastambient.sampling import load, sample
-from fastambient.training import checkpoint, loop
+from fastambient.training import checkpoint, loop, stopping
 from fastambient.training.clock import crosses
 from fastambient.training.distributed import World
-from fastambient.training.loop import Interrupted
 from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, create_run, new, plan, resume, start
+from fastambient.training.stopping import Interrupted
 
 
 def contents(path):
@@ -120,8 +120,8 @@ def test_nothing_but_the_seeds_own_files_depends_on_it(tmp_path):
 def test_the_line_that_resumes_is_what_the_user_would_type(argv0, python, shown, monkeypatch):
     monkeypatch.setattr("sys.argv", [argv0, "train"])
     monkeypatch.setattr("sys.orig_argv", [python, argv0, "train"])
-    assert loop.how_to_resume(Path("runs/mine")) == f"resume with: {shown} train --resume runs/mine"
-    assert loop.how_to_resume(Path("my runs/a")).endswith("train --resume 'my runs/a'")
+    assert stopping.how_to_resume(Path("runs/mine")) == f"resume with: {shown} train --resume runs/mine"
+    assert stopping.how_to_resume(Path("my runs/a")).endswith("train --resume 'my runs/a'")
 
 
 def test_resume_from_every_checkpoint_is_bit_for_bit(tmp_path):

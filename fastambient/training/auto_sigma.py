@@ -92,8 +92,8 @@ def choose_sigma_tn(request: Any, out: Path) -> Choice:
     """
     from fastambient.evaluation.denoising_gap import denoising_gap
     from fastambient.sampling import load
-    from fastambient.training.loop import Interrupted
     from fastambient.training.start import create_run, plan, start
+    from fastambient.training.stopping import Interrupted
 
     if any(text.partition("=")[0].strip() == "noise.sigma_tn" for text in request.assignments):
         raise InputError("--sigma-tn auto and --set noise.sigma_tn exclude each other; leave one out")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import shlex
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +17,7 @@ from torch import Tensor, nn
 
 from fastambient import models
 from fastambient.allocator import keep_freed_memory
-from fastambient.console import duration, program, say, warn
+from fastambient.console import duration, say, warn
 from fastambient.data.loaders import ReadError, Share, choose, make_loader
 from fastambient.data.store import Store
 from fastambient.data.streaming import read_journal
@@ -51,44 +48,10 @@ from fastambient.training.optimizer import (
 )
 from fastambient.training.run import RunFolder
 from fastambient.training.step import TrainingStep
+from fastambient.training.stopping import Interrupted, StopSignal, how_to_resume
 
 _GRID_SEEDS = range(PREVIEW_IMAGES)
 _WARM_UP_STEPS = 3  # after which what there is stays: network, optimizer, data set, graph
-
-
-class Interrupted(FastambientError):
-    """Ctrl-C or SIGTERM, after the checkpoint was written. Exit code 128 + signal."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
-def how_to_resume(path: Path) -> str:
-    return f"resume with: {program()} train --resume {shlex.quote(str(path))}"
-
-
-class StopSignal:
-    """Remembers a first Ctrl-C or SIGTERM for the loop to act on; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-
-    @contextmanager
-    def listen(self) -> Iterator[StopSignal]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
-
-    def _remember(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
 
 
 def build_network(settings: Settings, data: TrainingSet | Store, device: torch.device) -> nn.Module:

@@ -42,9 +42,10 @@ from fastambient.training.distributed import (
     run_from_first,
 )
 from fastambient.training.estimate import estimate_run, fit_micro_batch
-from fastambient.training.loop import Interrupted, how_to_resume, train
+from fastambient.training.loop import train
 from fastambient.training.optimizer import need_apex
 from fastambient.training.run import RunFolder
+from fastambient.training.stopping import Interrupted, how_to_resume
 
 
 @dataclass(frozen=True)
