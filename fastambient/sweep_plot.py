@@ -106,6 +106,7 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
         axes.set_ylabel(what)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(top=max(panels[0].get_ylim()[1], 1.0))
     panels[0].legend(frameon=False, fontsize="small")
     save_figure(path, figure)
     return True

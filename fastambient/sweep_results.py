@@ -32,6 +32,7 @@ from fastambient.training.audits import excess
 from fastambient.training.run import RunFolder
 
 WITHIN = 0.10
+_FAR = 2.0  # times the training images' own distance: from there on no model has learnt the set yet
 KINDS = {
     "edm": "EDM", "ambient": "ambient", "fresh-noise": "fresh noise", "weight-decay": "weight decay",
     "early-stop": "early stop",
@@ -112,6 +113,8 @@ def summarize(cells: Sequence[dict[str, Any]], *, target: float, within: float) 
             found["rate"]["interval"] = list(bootstrap_interval(hits))
         if len({c["excess"] for c in rows}) == 1:
             found["excess"]["interval"] = None
+        own = [c["train_fd"] for c in rows if c.get("train_fd") is not None]
+        found["train_fd"] = sum(own) / len(own) if own else None
         found["doubt"] = next((c["doubt"] for c in rows if c.get("doubt")), "")
         best = [c["best"] for c in rows]
         found["best"] = {n: over_seeds([b[n] for b in best]) for n in ("kimg", "excess", "fd")} if all(best) else None
@@ -154,6 +157,9 @@ def choose(configurations: Sequence[dict[str, Any]], *, target: float, within: f
             reason += f" {closest['sigma_tn']:g}); train shorter, or try other levels"
         else:
             reason = "none: there is no cell"
+    own = next((c["train_fd"] for c in swept if c.get("train_fd") is not None), None)
+    if chosen is not None and own is not None and best > _FAR * own:
+        reason += f"; all are far from the training images' own FD of {own:.4g}: longer training may change the choice"
     return {"sigma_tn": chosen, "reason": reason, "rule": rule, "target": target, "within": within}
 
 

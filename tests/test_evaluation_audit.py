@@ -134,7 +134,10 @@ def test_the_command_finds_planted_copies_end_to_end(folders, capsys):
     assert code == 0 and "copy rate" in out and "30.0 %" in out
     assert out.splitlines()[-2].startswith("30.0 % of samples are copies of a training image (95 % interval ")
     assert out.splitlines()[-2].endswith("of held-out images 0.0 %.")
-    assert "copied: 30 training images, each once, among them 0000.png, 0001.png, 0002.png" in out
+    assert (
+        "copied: 30 training images, each once, among them 0000.png, 0001.png, 0002.png; all of them are in the list of pairs\n"
+        in out
+    )
     metrics = json.loads(Path("audit.json").read_text())
     assert metrics["memorization"]["gap_ratio"]["rate"] == 0.3 == metrics["similarity"]["above_0.95"]
     assert metrics["similarity"]["holdout_above_0.95"] == 0
@@ -201,6 +204,22 @@ def test_a_copy_is_named_by_its_file(folders, tmp_path, capsys, kept):
         assert row["gap_ratio_mirrored"] == "0" and row["similarity_copy"] == "1"
     page = Path("audit-report.html").read_text(encoding="utf-8")
     assert "=HYPERLINK(7).png" in page and "?[31mred.png" in page and "\x1b" not in page and "\\u001b" not in page
+
+
+def test_exact_copies_are_named_together(sets):
+    """A search finds the first of them; whoever looks for the other one finds it as well."""
+    samples, train, *_ = sets
+    train = np.concatenate([train[:6], train[2:3], train[4:5, ..., ::-1], train[2:3]])
+    names = [f"{i}.png" for i in range(len(train))]
+    told = {
+        False: {2: "2.png (also 6.png, 8.png)", 4: "4.png"},
+        True: {2: "2.png (also 6.png, 8.png)", 4: "4.png (also 7.png)"},
+    }
+    for flips, expected in told.items():
+        found = evaluate(train[[2, 4]], train, flips=flips, train_names=names, settings={})
+        assert [found.train_names[i] for i in found.scores[0].index] == list(expected.values())
+        assert {row["train_index"]: row["name"] for row in found.metrics["copies_per_train_image"]["top"]} == expected
+        assert found.train_names[5:7] == ["5.png", "6.png (also 2.png, 8.png)"] and len(found.train_names) == 9
 
 
 def test_names_are_one_a_picture(sets):

@@ -331,11 +331,11 @@ def test_pairs_are_named(visit, folder):
         page.select_option("#order", order)
         page.locator("[data-go='1']").first.click()
         score = next(s for s in e.scores if s.key == measure)
-        names = page.locator("#pairs .names").all_inner_texts()
+        owns, names = (page.locator(f"#pairs .names div:{at}-child").all_inner_texts() for at in ("first", "last"))
         labels = page.eval_on_selector_all("#pairs [role=img]", "all => all.map(e => e.getAttribute('aria-label'))")
         assert len(names) == 36
-        for n, name, label in zip(_numbers(page), names, labels, strict=True):
-            assert name == e.train_names[score.index[n]]
+        for n, own, name, label in zip(_numbers(page), owns, names, labels, strict=True):
+            assert own == f"seed {n}" and name == e.train_names[score.index[n]]
             assert label.startswith(f"Sample {n}, seed {n}, beside training image {score.index[n]}, {name}")
     assert "cats & dogs/</script>" in page.locator(".copied li").first.inner_text()
     _keep(page, "report-named")
@@ -375,7 +375,7 @@ def test_all_text_stands_out_and_all_pictures_have_names(visit, two, scheme):
 
 def test_all_of_it_can_be_reached_by_tab(visit, two):
     page, reached = visit(two[0]), []
-    for _ in range(13):
+    for _ in range(15):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
         if len(reached) == 6:

@@ -69,6 +69,9 @@ def test_the_rule_takes_the_smallest_level_that_copies_little_and_is_as_good():
     assert chosen((0, 0.6, 1.5), (0.2, 0.15, 1.5), target=0.2)["sigma_tn"] == 0.2
     plain = chosen((0, 0.04, 1.5), (0.2, 0.0, 1.5))
     assert plain["sigma_tn"] == 0 and "plain EDM does not copy more" in plain["reason"]
+    assert "far from" not in plain["reason"] and "far from" not in chosen((0, 0.0, 2.8))["reason"]
+    early = chosen((0, 0.0, 25.0), (0.3, 0.0, 26.0))["reason"]
+    assert "far from the training images' own FD of 1.4: longer training may change the choice" in early
 
 
 def test_no_level_is_chosen_where_none_meets_the_rule():

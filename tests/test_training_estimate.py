@@ -34,7 +34,7 @@ class Timed(nn.Module):
 
 @pytest.mark.parametrize(
     ("fixed", "each", "batch", "last"),
-    [(0.0, 1e-4, 64, 64), (0.5, 0.1, 64, 4), (3.0, 0.5, 512, 2), (0.5, 0.1, 1, 1)],
+    [(0.0, 1e-4, 64, 64), (0.5, 0.1, 64, 8), (3.0, 0.5, 512, 2), (0.5, 0.1, 1, 1)],
 )
 def test_weights_are_paid_for_once_and_images_each(fixed, each, batch, last, monkeypatch):
     network = Timed(fixed, each)

@@ -214,7 +214,9 @@ def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
     train_here(path)
     start(path, resume=True)
     assert f"train --resume {path} --kimg 0.16" in capsys.readouterr().err
+    (path / "metrics.json").write_text("{}")
     resume(path, kimg=0.16)
+    assert "metrics.json and what lies beside it are of the shorter run" in capsys.readouterr().err
     assert RunFolder(path).read_settings().training.kimg == 0.16
     assert_same(contents(whole), contents(path))
     for kimg in (0.16, 0.08, -1.0, math.nan, math.inf):

@@ -10,8 +10,9 @@ The search is exact: distances are square roots of integers (see nearest.py for 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from scipy.stats import binomtest
@@ -65,6 +66,36 @@ def fingerprints(images: np.ndarray, *, flips: bool = False) -> Iterator[bytes]:
         if flips:
             pixels = min(pixels, image[..., ::-1].tobytes())
         yield hashlib.sha256(pixels).digest()
+
+
+class NamesOfCopies(Sequence[str]):
+    """Names of images in which exact copies know of each other: "a.png (also b.png)". A search finds one of them, and
+    whoever looks for the other has to find it, too.
+
+    names : one an image, read when they are asked for
+    images : uint8 [N, C, H, W]
+    flips : mirror images are copies, too
+    """
+
+    def __init__(self, names: Sequence[str], images: np.ndarray, *, flips: bool = False) -> None:
+        self._names = names
+        groups: dict[bytes, list[int]] = {}
+        for i, key in enumerate(fingerprints(images, flips=flips)):
+            groups.setdefault(key, []).append(i)
+        self._others = {i: [j for j in group if j != i] for group in groups.values() if len(group) > 1 for i in group}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        others = self._others.get(i)
+        return f"{self._names[i]} (also {', '.join(self._names[j] for j in others)})" if others else self._names[i]
 
 
 def nearest_two(

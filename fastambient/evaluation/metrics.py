@@ -15,6 +15,7 @@ from fastambient.console import progress
 from fastambient.errors import InputError
 from fastambient.evaluation.embedded import embedded_metrics
 from fastambient.evaluation.memorization import (
+    NamesOfCopies,
     Neighbours,
     bootstrap_interval,
     copies_per_image,
@@ -104,6 +105,8 @@ def evaluate(
         if names is not None and len(names) != len(images):
             raise InputError(f"{len(names):,} {what} names for {len(images):,} pictures, expected one a picture")
     train_distinct, holdout_distinct = check_sets(train, holdout, flips=flips)
+    if train_names is not None:
+        train_names = NamesOfCopies(train_names, train, flips=flips)
 
     count = min(len(train_distinct), len(holdout_distinct))
     chosen, some = (None, None) if holdout is None else equal_counts(train_distinct, holdout_distinct, seed=seed)

@@ -111,9 +111,9 @@
       const value = element("strong"), badge = element("span", { className: "badge" });
       const left = element("span"), right = element("span");
       const numbers = element("div", { className: "unit" }, left, right), words = element("p", {}, value, " ", badge);
-      const name = element("bdi"), names = element("div", { className: "names" }, name);
+      const own = element("div"), name = element("div"), names = element("div", { className: "names" }, own, name);
       for (const e of [numbers, words, names]) e.setAttribute("aria-hidden", "true");  // the picture's label says the same
-      cards[i] = { li: element("li", {}, two, numbers, words, names), sample, train, two, value, badge, left, right, name, names };
+      cards[i] = { li: element("li", {}, two, numbers, words, names), sample, train, two, value, badge, left, right, own, name, names };
     }
     return cards[i];
   }
@@ -143,8 +143,9 @@
       c.left.textContent = `#${n}`;
       c.right.textContent = `#${s.index[k]}${s.mirrored[k] ? " \u2194" : ""}`;
       const [mine, theirs] = named(s, k);
+      c.own.textContent = mine;
       c.name.textContent = theirs;
-      c.names.hidden = !theirs;
+      c.names.hidden = !mine && !theirs;
       c.li.title = [mine, theirs].filter(Boolean).join(" \u2192 ");
       mark(c, s, k);
       draw(c.sample, "samples", k, false);

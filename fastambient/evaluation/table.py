@@ -66,7 +66,8 @@ def most_copied(metrics: dict[str, Any]) -> str:
     names = (shown_name(row["name"]) if "name" in row else f"training image {row['train_index']}" for row in top)
     told = (f"{name} ({row['copies']} times)" if row["copies"] > 1 else name
             for name, row in zip(names, top, strict=True))  # fmt: skip
-    return f"copied: {images:,} training image{'s' if images > 1 else ''}, {how} {', '.join(told)}"
+    rest = "; all of them are in the list of pairs" if images > len(top) else ""
+    return f"copied: {images:,} training image{'s' if images > 1 else ''}, {how} {', '.join(told)}{rest}"
 
 
 def print_table(evaluated: Sequence[Measured]) -> None:

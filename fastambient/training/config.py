@@ -225,7 +225,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the settings file {path}: {error}{nearest_beside(path)}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the settings file {path}: {reason}{nearest_beside(path)}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -191,7 +191,7 @@ def _gib(size: float) -> str:
 
 
 def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: int = 0) -> Estimate:
-    """Measure forward and backward passes of a network like the run's, about two seconds long; the run's own state and
+    """Measure forward and backward passes of a network like the run's, about three seconds long; the run's own state and
     the global generator are left as they are.
 
     nimg : images that the run has seen already
@@ -211,6 +211,9 @@ def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: i
     began = time.perf_counter()
     fewest = images = min(2, micro)  # a single image takes convolutions of another layout
     fewest_seconds = seconds = measure(images)
+    if _SHORT_SECONDS <= seconds < 2 * _PROBE_SECONDS:  # the first pass of a process pays for more than allocation
+        fewest_seconds = seconds = min(seconds, probe.seconds(images))
+        began = time.perf_counter()
     while images < micro and time.perf_counter() - began < _PROBE_SECONDS:
         images = min(2 * images, micro)
         seconds = measure(images)

@@ -355,7 +355,7 @@ def train(path: Path, world: World, *, resume: bool) -> None:
             weighting=n.weighting,
             regime=n.regime,
         )
-        say(f"{path}: {s.model.preset}, {trainer.data.images:,} training images of "
+        say(f"{path}: preset {s.model.preset}, {trainer.data.images:,} training images of "
             f"{trainer.data.resolution}x{trainer.data.resolution}, {world.size} rank(s) on {world.device.type}, "
             f"{s.training.precision}")  # fmt: skip
         say(f"{message}; sigma_data {n.sigma_data:.4g}")

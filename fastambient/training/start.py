@@ -375,6 +375,8 @@ def resume(path: Path, *, ranks: int | None = None, device: str | None = None, k
         if kimg is not None:
             with run.lock():
                 set_length(run, kimg)
+            if run.metrics.is_file():
+                say(f"{run.metrics} and what lies beside it are of the shorter run until it is evaluated again")
         return run.path
 
     if inside_launcher():
@@ -442,6 +444,8 @@ def describe(request: TrainRequest) -> str:
     if request.auto_sigma_tn:
         raise InputError("--dry-run trains nothing, and --sigma-tn auto needs a pilot run; name a --sigma-tn")
     planned = plan(request)
+    _say_if_digits(request)
+    _say_if_other_level(planned)
     s = planned.settings
     estimate = estimate_run(s, channels=planned.data.channels, num_classes=planned.data.num_classes)
     tree = yaml.safe_dump(s.tree(), sort_keys=False, default_flow_style=None).rstrip()
