@@ -27,7 +27,7 @@ from reproduce_page import denoised, document, merge, write_page
 from fastambient.console import say, warn
 from fastambient.diffusion.ambient import default_sigma_tn
 from fastambient.files import write_bytes, write_json
-from fastambient.sweep import BASELINES, SweepRequest, sweep
+from fastambient.sweep import SweepRequest, sweep
 
 SEEDS = (0, 1, 2)
 NUM = 1000
@@ -35,6 +35,7 @@ DIGITS = {100: 64.0, 300: 192.0, 30: 24.0}  # training images: kimg, 640 to 800 
 # kimg between audits of every run: where few images are copied before quality has come, early stopping costs most.
 AUDITED = {"digits-30": (2.0, "evaluation.audit_num=512"), "digits-300": (16.0,)}
 DIGITS_SIGMA_TN = (0.0, 0.1, 0.2, 0.4)
+BASELINES = ("fresh-noise", "weight-decay", "early-stop")
 PICTURES = {  # resolution, training images, kimg, kimg between audits
     "pictures-16": (16, 300, 288.0, 36.0), "pictures-32": (32, 300, 288.0, 36.0), "pictures-16-100": (16, 100, 96.0, 12.0),
 }  # fmt: skip
@@ -61,7 +62,7 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
 
     def add(
         name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: str,
-        every: float | None = None, features: str | None = None,
+        every: float | None = None, features: str | None = None, baselines: tuple[str, ...] = BASELINES,
     ) -> None:  # fmt: skip
         group = name.partition("-")[0]
         first = name in (f"digits-{next(iter(DIGITS))}", next(iter(PICTURES)))
@@ -72,7 +73,7 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
         every, *more = AUDITED.get(name, (every,))
         set_here = [*own, *assignments, *([] if a.tiny else more)]
         found[name] = SweepRequest(
-            data=data, sigma_tn=sigma_tn, baselines=BASELINES, kimg=kimg, assignments=set_here, audit_every=every,
+            data=data, sigma_tn=sigma_tn, baselines=baselines, kimg=kimg, assignments=set_here, audit_every=every,
             features=features, **common,
         )  # fmt: skip
         if "figures" in a.part:
@@ -92,6 +93,7 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
                 name, a.source, levels, kimg, f"data.resolution={pixels}", f"data.train={train}",
                 f"data.holdout={holdout}", *(() if a.tiny else PICTURES_SET), many=str(many),
                 every=None if a.tiny else every, features=None if a.tiny else PICTURES_FEATURES,
+                baselines=(*BASELINES, "ambient-stop"),
             )  # fmt: skip
     return found
 

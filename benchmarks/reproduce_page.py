@@ -17,7 +17,7 @@ from fastambient.console import duration, warn
 from fastambient.files import write_bytes, write_json
 from fastambient.sweep import BASELINES, TARGET
 from fastambient.sweep_plot import plot_pareto, plot_training
-from fastambient.sweep_results import KINDS, WITHIN, over_seeds, summarize, table
+from fastambient.sweep_results import KINDS, STOPPED, WITHIN, over_seeds, summarize, table
 
 READING = ("<!-- reading: begin -->", "<!-- reading: end -->")
 _GROWS = ("seeds", "sigma_tn", "baselines")  # settings of the sweep, not of its cells: more of them may come later
@@ -30,38 +30,47 @@ def differences(summary: dict[str, Any], *, at_best: bool = False) -> list[dict[
     clear : better in copies or in FD, the interval without 0, and not so worse in the other
     """
     cells = [c | (c["best"] or {}) for c in summary["cells"] if c.get("best")] if at_best else summary["cells"]
-    baselines = ("edm", *(k for k in KINDS if k in BASELINES and not (at_best and k == "early-stop")))
+    baselines = (
+        "edm",
+        *(k for k in KINDS if k in BASELINES and k != "ambient-stop" and not (at_best and k in STOPPED)),
+    )
     deciding = ("fd",) if at_best else ("excess", "fd")
 
     def seeds_of(kind: str, sigma_tn: float) -> dict[int, dict[str, Any]]:
         return {c["seed"]: c for c in cells if c["kind"] == kind and c["sigma_tn"] == sigma_tn}
 
     rows = []
-    for sigma_tn in sorted({c["sigma_tn"] for c in cells if c["kind"] == "ambient"}):
-        ours = seeds_of("ambient", sigma_tn)
-        for kind in baselines:
-            theirs = seeds_of(kind, sigma_tn if kind == "fresh-noise" else 0.0)
-            both = sorted(ours.keys() & theirs.keys())
-            if not both:
-                continue
-            row: dict[str, Any] = {"sigma_tn": sigma_tn, "against": kind, "seeds": len(both)}
-            better, worse = [], []
-            for key in ("excess", "fd"):
-                row[key] = over_seeds([ours[s][key] - theirs[s][key] for s in both])
-                interval = row[key]["interval"] or [-1e9, 1e9]
-                if key in deciding:
-                    better += [key] * (interval[1] < 0)
-                    worse += [key] * (interval[0] > 0)
-            row["clear"] = bool(better) and not worse
-            alone = len(both) < 2  # no interval: nothing can be claimed
-            if alone:
-                row["found"] = "one seed: no claim"
-            elif better and worse:
-                row["found"] = "a trade"
-            else:
-                row["found"] = "better" if better else "worse" if worse else "no clear difference"
-            rows.append(row)
+    pairs = [(level, "ambient", kind) for level in _levels(cells, "ambient") for kind in baselines]
+    if not at_best:  # like against like, both where the rule ended them
+        pairs += [(level, "ambient-stop", "early-stop") for level in _levels(cells, "ambient-stop")]
+    for sigma_tn, own, kind in pairs:
+        ours = seeds_of(own, sigma_tn)
+        theirs = seeds_of(kind, sigma_tn if kind == "fresh-noise" else 0.0)
+        both = sorted(ours.keys() & theirs.keys())
+        if not both:
+            continue
+        row: dict[str, Any] = {"sigma_tn": sigma_tn, "ours": own, "against": kind, "seeds": len(both)}
+        better, worse = [], []
+        for key in ("excess", "fd"):
+            row[key] = over_seeds([ours[s][key] - theirs[s][key] for s in both])
+            interval = row[key]["interval"] or [-1e9, 1e9]
+            if key in deciding:
+                better += [key] * (interval[1] < 0)
+                worse += [key] * (interval[0] > 0)
+        row["clear"] = bool(better) and not worse
+        alone = len(both) < 2  # no interval: nothing can be claimed
+        if alone:
+            row["found"] = "one seed: no claim"
+        elif better and worse:
+            row["found"] = "a trade"
+        else:
+            row["found"] = "better" if better else "worse" if worse else "no clear difference"
+        rows.append(row)
     return rows
+
+
+def _levels(cells: list[dict[str, Any]], kind: str) -> list[float]:
+    return sorted({c["sigma_tn"] for c in cells if c["kind"] == kind})
 
 
 def _signed(found: dict[str, Any], scale: float, form: str) -> str:
@@ -111,7 +120,10 @@ def section(name: str, found: dict[str, Any], figure: str | None = None) -> list
         ),
         *_comparison("Ambient less the baseline, seed by seed", rows),
     ]
-    clear = {k: [r["sigma_tn"] for r in rows if r["against"] == k and r["clear"]] for k in ("edm", "early-stop")}
+    clear = {
+        k: [r["sigma_tn"] for r in rows if r["against"] == k and r["clear"] and r["ours"] == "ambient"]
+        for k in ("edm", "early-stop")
+    }
     both = [f"{x:g}" for x in clear["edm"] if x in clear["early-stop"]]
     lines += [
         f"Better than EDM and than early stopping, clear of the noise between seeds, at sigma_tn {', '.join(both)}."
@@ -121,6 +133,14 @@ def section(name: str, found: dict[str, Any], figure: str | None = None) -> list
         else "At no sigma_tn is the gain over EDM and over early stopping clear of the noise between seeds here.",
         "",
     ]
+    if stopped := [r for r in rows if r["ours"] == "ambient-stop" and r["seeds"] > 1]:
+        better = ", ".join(f"{r['sigma_tn']:g}" for r in stopped if r["clear"])
+        lines += [
+            f"Both stopped by the same rule, the ambient model is better than EDM, clear of the noise, at sigma_tn {better}."
+            if better
+            else "Both stopped by the same rule, ambient models and EDM are not told apart.",
+            "",
+        ]
     if best := differences(summary, at_best=True):
         lines += _comparison("The same where each run is best, so that EDM is EDM stopped early", best)
     if figure is not None:
@@ -136,7 +156,7 @@ def section(name: str, found: dict[str, Any], figure: str | None = None) -> list
 
 def _audited(cells: list[dict[str, Any]]) -> bool:
     """Whether runs that went on to their end were audited on the way: then there are curves over training."""
-    return any(len(c.get("audits") or ()) > 1 for c in cells if c["kind"] != "early-stop")
+    return any(len(c.get("audits") or ()) > 1 for c in cells if c["kind"] not in STOPPED)
 
 
 def _comparison(title: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -147,7 +167,7 @@ def _comparison(title: str, rows: list[dict[str, Any]]) -> list[str]:
         "| sigma_tn | against | seeds | copies less the control, in points | FD | |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {r['sigma_tn']:g} | {KINDS[r['against']]} | {r['seeds']} | {_signed(r['excess'], 100, '+.1f')} |"
+            f"| {r['sigma_tn']:g}{', stopped' * (r['ours'] in STOPPED)} | {KINDS[r['against']]} | {r['seeds']} | {_signed(r['excess'], 100, '+.1f')} |"
             f" {_signed(r['fd'], 1, '+.3g')} | {r['found']} |"
             for r in rows
         ),

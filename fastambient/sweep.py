@@ -50,9 +50,9 @@ from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, create_run, finished, plan
 from fastambient.training.stopping import Interrupted
 
-BASELINES = ("fresh-noise", "weight-decay", "early-stop")
+BASELINES = ("fresh-noise", "weight-decay", "early-stop", "ambient-stop")
 WEIGHT_DECAY = 0.05  # decoupled, AdamW: what Transformers for images are usually trained with (He et al., 2022, MAE)
-STOP_RATE = 0.05  # of the early-stop baseline
+STOP_RATE = 0.05  # of the early-stop and ambient-stop baselines
 TARGET = 0.05  # of the rule that chooses, see sweep_results
 _OWN = ("noise.sigma_tn", "noise.mode", "training.seed", "training.audit_kimg", "training.stop_when_copying")
 _FILLED = (  # by create_run from the data, or of no influence on a run's numbers
@@ -83,7 +83,9 @@ class SweepRequest:
     weight_decay: float = WEIGHT_DECAY
     parallel: int | None = None  # cells at once; None: one a GPU, else one a CPU core
     gpus: int = 0
-    audit_every: float | None = None  # kimg between audits of every run; None: early-stop alone, as often as it likes
+    audit_every: float | None = (
+        None  # kimg between audits of every run; None: those that may stop alone, as often as they like
+    )
     noise_seed: int | None = None  # of the first cell, the others count on; None: each its own, from the system
 
 
@@ -144,6 +146,9 @@ def cells(request: SweepRequest) -> list[Cell]:
             found.append(Cell("weight-decay", 0.0, seed, decayed))
         if "early-stop" in r.baselines:
             found.append(Cell("early-stop", 0.0, seed, {"training": {"stop_when_copying": r.stop_rate}}))
+        if "ambient-stop" in r.baselines:
+            stopping = {"training": {"stop_when_copying": r.stop_rate}}
+            found += [Cell("ambient-stop", s, seed, stopping) for s in ambient]
     return found
 
 

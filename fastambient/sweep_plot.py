@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fastambient.evaluation.quality import figure_name
-from fastambient.sweep_results import KINDS
+from fastambient.sweep_results import KINDS, STOPPED
 from fastambient.training.audits_plot import save_figure
 
 _STYLE = {  # colour and marker: curves differ by more than colour
     "edm": ("#2f7ed8", "o"), "ambient": ("#2f7ed8", "o"), "fresh-noise": ("#d9652b", "^"),
     "weight-decay": ("#3c9d5d", "s"), "early-stop": ("#a35cc0", "D"),
+    "ambient-stop": ("#17a2a2", "v"),
 }  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def plot_pareto(path: Path, summary: dict[str, Any]) -> None:
             capsize=2, elinewidth=0.8, linestyle="", label=None if group in named else group, zorder=3,
         )  # fmt: skip
         named.add(group)
-        if c["kind"] in ("edm", "ambient", "fresh-noise"):
+        if c["kind"] in ("edm", "ambient", "fresh-noise", "ambient-stop"):
             axes.annotate(f"{c['sigma_tn']:g}", (x, y), xytext=(6, 5), textcoords="offset points", color=color)
     for cell in summary["cells"]:
         color, marker = _STYLE[cell["kind"]]
@@ -67,8 +68,8 @@ def plot_pareto(path: Path, summary: dict[str, Any]) -> None:
 
 def plot_training(path: Path, summary: dict[str, Any]) -> bool:
     """Copies (controlled) and Frechet distance in pixel space over images seen, of the audits that every run made while
-    it trained: a curve a configuration, the mean over its seeds, in a band from the lowest to the highest seed. Early
-    stopping is EDM up to its end and has none.
+    it trained: a curve a configuration, the mean over its seeds, in a band from the lowest to the highest seed. What
+    the rule stopped is EDM or ambient up to its end and has none.
 
     Returns
     -------
@@ -77,7 +78,7 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    runs = [c for c in summary["cells"] if c["kind"] != "early-stop" and len(c.get("audits") or ()) > 1]
+    runs = [c for c in summary["cells"] if c["kind"] not in STOPPED and len(c.get("audits") or ()) > 1]
     if not runs:
         return False
     figure = Figure(figsize=(10.0, 4.4), layout="constrained")

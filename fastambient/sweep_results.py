@@ -32,10 +32,11 @@ from fastambient.training.audits import excess
 from fastambient.training.run import RunFolder
 
 WITHIN = 0.10
+STOPPED = ("early-stop", "ambient-stop")  # EDM and ambient again, up to where the stop rule ended them
 _FAR = 2.0  # times the training images' own distance: from there on no model has learnt the set yet
 KINDS = {
     "edm": "EDM", "ambient": "ambient", "fresh-noise": "fresh noise", "weight-decay": "weight decay",
-    "early-stop": "early stop",
+    "early-stop": "early stop", "ambient-stop": "ambient, stopped",
 }  # fmt: skip
 
 
@@ -208,7 +209,7 @@ def table(summary: dict[str, Any]) -> str:
         else "95 % bootstrap intervals over samples"
     )
     chosen, train_fd = summary["chosen"], cells[0]["train_fd"]
-    audited = [c for c in summary["configurations"] if c.get("best") and c["kind"] != "early-stop"]
+    audited = [c for c in summary["configurations"] if c.get("best") and c["kind"] not in STOPPED]
     own = "" if train_fd is None else f"; the training images have {train_fd:.4g}"
     lines += [
         "",

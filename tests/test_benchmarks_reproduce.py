@@ -67,6 +67,25 @@ def test_each_run_where_it_is_best(tmp_path):
     assert "<!-- ambient 0.2 -->" in svg and "<!-- EDM -->" in svg and "<!-- early stop -->" not in svg
 
 
+def test_ambient_and_edm_stopped_by_the_same_rule_are_compared(tmp_path):
+    summary = swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.02, 1.9),
+                    ("ambient-stop", 0.2, 0.02, 1.4))  # fmt: skip
+    found = [(r["ours"], r["against"], r["found"]) for r in reproduce_page.differences(summary)]
+    assert found[-1] == ("ambient-stop", "early-stop", "better") and len(found) == 3
+    reproduce_page.merge(tmp_path / "sweep-a.json", summary, **DAY)
+    text = reproduce_page.document(tmp_path)
+    assert "| 0.2, stopped | early stop | 3 | +0.0" in text and "| ambient, stopped | 0.2 | 3 |" in text
+    assert (
+        "Both stopped by the same rule, the ambient model is better than EDM, clear of the noise, at sigma_tn 0.2."
+        in text
+    )
+    even = swept(("early-stop", 0, 0.02, 1.9), ("ambient-stop", 0.2, 0.02, 1.9))
+    reproduce_page.merge(tmp_path / "sweep-b.json", even, **DAY)
+    assert "Both stopped by the same rule, ambient models and EDM are not told apart." in reproduce_page.document(
+        tmp_path
+    )
+
+
 def test_files_are_in_the_order_of_their_numbers(tmp_path):
     for name in ("pictures-16-100", "digits-300", "pictures-16", "digits-30", "pictures-32"):
         reproduce_page.merge(tmp_path / f"sweep-{name}.json", swept(("edm", 0, 0.6, 1.5)), **DAY)

@@ -115,10 +115,11 @@ def test_seeds_that_agree_are_no_certainty():
 
 def test_the_table_says_what_it_holds_and_the_curve_is_drawn(tmp_path):
     rows = [row(k, s, seed, 0.5 - s + seed / 50, 1.5 + s) for seed in (0, 1)
-            for k, s in (("edm", 0), ("ambient", 0.2), ("fresh-noise", 0.2), ("weight-decay", 0), ("early-stop", 0))]  # fmt: skip
+            for k, s in (("edm", 0), ("ambient", 0.2), ("fresh-noise", 0.2), ("weight-decay", 0), ("early-stop", 0),
+                         ("ambient-stop", 0.2))]  # fmt: skip
     summary = summarize(rows, target=0.05, within=0.1)
     text = table(summary)
-    assert [line.split("|")[1].strip() for line in text.splitlines()[2:7]] == list(sweep_results.KINDS.values())
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:8]] == list(sweep_results.KINDS.values())
     assert "Student's 95 %" in text and "Chosen sigma_tn: **none**" in text and "1,000 samples a run" in text
     assert "no privacy guarantee" in text and "the training images have 1.4" in text
     sweep_plot.plot_pareto(tmp_path / "pareto", summary)
@@ -177,13 +178,14 @@ def test_each_run_at_its_best_audit():
 def test_the_cells():
     found = cells(SweepRequest(sigma_tn=(0, 0.1, 0.2), seeds=(3, 4), baselines=sweeping.BASELINES))
     names = [c.name for c in found]
-    assert names[:7] == ["edm-seed3", "ambient-0.1-seed3", "ambient-0.2-seed3", "fresh-noise-0.1-seed3",
-                         "fresh-noise-0.2-seed3", "weight-decay-seed3", "early-stop-seed3"]  # fmt: skip
-    assert len(names) == len(set(names)) == 14
+    assert names[:9] == ["edm-seed3", "ambient-0.1-seed3", "ambient-0.2-seed3", "fresh-noise-0.1-seed3",
+                         "fresh-noise-0.2-seed3", "weight-decay-seed3", "early-stop-seed3", "ambient-stop-0.1-seed3",
+                         "ambient-stop-0.2-seed3"]  # fmt: skip
+    assert len(names) == len(set(names)) == 18
     options = {c.kind: c.options for c in found}
     assert options["fresh-noise"] == {"noise": {"mode": "fresh"}} and options["edm"] == {} == options["ambient"]
     assert options["weight-decay"]["training"] == {"optimizer": "adamw", "weight_decay": 0.05}
-    assert options["early-stop"]["training"] == {"stop_when_copying": 0.05}
+    assert options["early-stop"]["training"] == {"stop_when_copying": 0.05} == options["ambient-stop"]["training"]
 
 
 @pytest.mark.parametrize(

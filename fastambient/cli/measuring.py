@@ -175,7 +175,7 @@ def sweep(
         str | None,
         option(
             "of fresh-noise (new noise at every draw), weight-decay (EDM by AdamW), early-stop (EDM, stopped when it"
-            " copies)",
+            " copies), ambient-stop (each level, stopped by the same rule)",
             metavar="LIST",
             default="none",
         ),
@@ -199,7 +199,7 @@ def sweep(
             "audit every run while it trains, and compare them where each is best: early stopping for all",
             "--audit-every",
             metavar="KIMG",
-            default="early-stop alone",
+            default="those that may stop alone",
         ),
     ] = None,
     parallel: Annotated[
@@ -211,7 +211,11 @@ def sweep(
     ] = 0.05,
     stop_rate: Annotated[
         float,
-        option("--stop-when-copying of the early-stop baseline, a share of the samples", "--stop-rate", metavar="RATE"),
+        option(
+            "--stop-when-copying of the early-stop and ambient-stop baselines, a share of the samples",
+            "--stop-rate",
+            metavar="RATE",
+        ),
     ] = 0.05,
     weight_decay: Annotated[
         float, option("of the weight-decay baseline, decoupled", "--weight-decay", metavar="X")

@@ -191,8 +191,8 @@ def _gib(size: float) -> str:
 
 
 def estimate_run(settings: Settings, *, channels: int, num_classes: int, nimg: int = 0) -> Estimate:
-    """Measure forward and backward passes of a network like the run's, about three seconds long; the run's own state and
-    the global generator are left as they are.
+    """Measure forward and backward passes of a network like the run's, some three seconds long; the run's own state
+    and the global generator are left as they are.
 
     nimg : images that the run has seen already
     """
