@@ -333,7 +333,7 @@ def test_pickles_are_refused_unread(tmp_path):
         file.write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
         with pytest.raises(InputError, match="never loaded"):
             load(file)
-    with pytest.raises(InputError, match=r"holds no model\.safetensors"):
+    with pytest.raises(InputError, match=r"holds neither model\.safetensors nor config"):
         load(tmp_path)
     with pytest.raises(InputError, match="no run or weights file"):
         load(tmp_path / "none.safetensors")
