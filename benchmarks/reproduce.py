@@ -35,7 +35,7 @@ DIGITS = {100: 64.0, 300: 192.0, 30: 24.0}  # training images: kimg, 640 to 800 
 # kimg between audits of every run: where few images are copied before quality has come, early stopping costs most.
 AUDITED = {"digits-30": (2.0, "evaluation.audit_num=512"), "digits-300": (16.0,)}
 DIGITS_SIGMA_TN = (0.0, 0.1, 0.2, 0.4)
-BASELINES = ("fresh-noise", "weight-decay", "early-stop")
+COMPARED = ("fresh-noise", "weight-decay", "early-stop")
 PICTURES = {  # resolution, training images, kimg, kimg between audits
     "pictures-16": (16, 300, 288.0, 36.0), "pictures-32": (32, 300, 288.0, 36.0), "pictures-16-100": (16, 100, 96.0, 12.0),
 }  # fmt: skip
@@ -62,7 +62,7 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
 
     def add(
         name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: str,
-        every: float | None = None, features: str | None = None, baselines: tuple[str, ...] = BASELINES,
+        every: float | None = None, features: str | None = None, baselines: tuple[str, ...] = COMPARED,
     ) -> None:  # fmt: skip
         group = name.partition("-")[0]
         first = name in (f"digits-{next(iter(DIGITS))}", next(iter(PICTURES)))
@@ -93,7 +93,7 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
                 name, a.source, levels, kimg, f"data.resolution={pixels}", f"data.train={train}",
                 f"data.holdout={holdout}", *(() if a.tiny else PICTURES_SET), many=str(many),
                 every=None if a.tiny else every, features=None if a.tiny else PICTURES_FEATURES,
-                baselines=(*BASELINES, "ambient-stop"),
+                baselines=(*COMPARED, "ambient-stop"),
             )  # fmt: skip
     return found
 

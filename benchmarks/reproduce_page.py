@@ -30,10 +30,8 @@ def differences(summary: dict[str, Any], *, at_best: bool = False) -> list[dict[
     clear : better in copies or in FD, the interval without 0, and not so worse in the other
     """
     cells = [c | (c["best"] or {}) for c in summary["cells"] if c.get("best")] if at_best else summary["cells"]
-    baselines = (
-        "edm",
-        *(k for k in KINDS if k in BASELINES and k != "ambient-stop" and not (at_best and k in STOPPED)),
-    )
+    left_out = STOPPED if at_best else ("ambient-stop",)
+    baselines = ("edm", *(k for k in KINDS if k in BASELINES and k not in left_out))
     deciding = ("fd",) if at_best else ("excess", "fd")
 
     def seeds_of(kind: str, sigma_tn: float) -> dict[int, dict[str, Any]]:
@@ -167,8 +165,8 @@ def _comparison(title: str, rows: list[dict[str, Any]]) -> list[str]:
         "| sigma_tn | against | seeds | copies less the control, in points | FD | |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {r['sigma_tn']:g}{', stopped' * (r['ours'] in STOPPED)} | {KINDS[r['against']]} | {r['seeds']} | {_signed(r['excess'], 100, '+.1f')} |"
-            f" {_signed(r['fd'], 1, '+.3g')} | {r['found']} |"
+            f"| {r['sigma_tn']:g}{', stopped' * (r['ours'] in STOPPED)} | {KINDS[r['against']]} | {r['seeds']} |"
+            f" {_signed(r['excess'], 100, '+.1f')} | {_signed(r['fd'], 1, '+.3g')} | {r['found']} |"
             for r in rows
         ),
         "",

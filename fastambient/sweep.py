@@ -46,8 +46,9 @@ from fastambient.sweep_results import (
     table,
 )
 from fastambient.training.config import Settings, check_sigma_tn
+from fastambient.training.ending import finished
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, finished, plan
+from fastambient.training.start import TrainRequest, create_run, plan
 from fastambient.training.stopping import Interrupted
 
 BASELINES = ("fresh-noise", "weight-decay", "early-stop", "ambient-stop")
@@ -83,9 +84,7 @@ class SweepRequest:
     weight_decay: float = WEIGHT_DECAY
     parallel: int | None = None  # cells at once; None: one a GPU, else one a CPU core
     gpus: int = 0
-    audit_every: float | None = (
-        None  # kimg between audits of every run; None: those that may stop alone, as often as they like
-    )
+    audit_every: float | None = None  # kimg between audits of every run; None: of those that the rule may stop alone
     noise_seed: int | None = None  # of the first cell, the others count on; None: each its own, from the system
 
 

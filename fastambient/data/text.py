@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -71,14 +72,22 @@ class Texts(_Lines):
         return dict(self._value(row, dict))
 
 
-class Names(_Lines, Sequence[str]):
-    """What each image is called in the source: ``names[row]``, such as "cats/17.png"."""
+class LazyNames(Sequence[str], ABC):
+    """Names of images that are made when they are asked for. What is derived from it gives `name` and `__len__`."""
+
+    @abstractmethod
+    def name(self, row: int) -> str: ...
 
     @overload
     def __getitem__(self, row: int) -> str: ...
     @overload
     def __getitem__(self, row: slice) -> list[str]: ...
     def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return [str(self._value(i, str)) for i in range(*row.indices(len(self)))]
+        return [self.name(i) for i in range(*row.indices(len(self)))] if isinstance(row, slice) else self.name(row)
+
+
+class Names(_Lines, LazyNames):
+    """What each image is called in the source: ``names[row]``, such as "cats/17.png"."""
+
+    def name(self, row: int) -> str:
         return str(self._value(row, str))

@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 from scipy.stats import binomtest
 
+from fastambient.data.text import LazyNames
 from fastambient.errors import InputError
 from fastambient.evaluation.nearest import Search, squared_distances
 from fastambient.pictures import as_pictures
@@ -68,7 +68,7 @@ def fingerprints(images: np.ndarray, *, flips: bool = False) -> Iterator[bytes]:
         yield hashlib.sha256(pixels).digest()
 
 
-class NamesOfCopies(Sequence[str]):
+class NamesOfCopies(LazyNames):
     """Names of images in which exact copies know of each other: "a.png (also b.png)". A search finds one of them, and
     whoever looks for the other has to find it, too.
 
@@ -87,15 +87,9 @@ class NamesOfCopies(Sequence[str]):
     def __len__(self) -> int:
         return len(self._names)
 
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        others = self._others.get(i)
-        return f"{self._names[i]} (also {', '.join(self._names[j] for j in others)})" if others else self._names[i]
+    def name(self, row: int) -> str:
+        others = self._others.get(row)
+        return f"{self._names[row]} (also {', '.join(self._names[j] for j in others)})" if others else self._names[row]
 
 
 def nearest_two(

@@ -28,7 +28,6 @@ from fastambient.diffusion.ambient import share_message
 from fastambient.errors import FastambientError, InputError, check_seed
 from fastambient.files import keep_out_of_git, new_folder, refuse_existing
 from fastambient.processes import die_with_parent
-from fastambient.training import checkpoint
 from fastambient.training.audits import check_audits
 from fastambient.training.auto_sigma import choose_sigma_tn
 from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
@@ -41,6 +40,7 @@ from fastambient.training.distributed import (
     leave_world,
     run_from_first,
 )
+from fastambient.training.ending import finished, how_to_extend, set_length
 from fastambient.training.estimate import estimate_run, fit_micro_batch
 from fastambient.training.loop import train
 from fastambient.training.optimizer import need_apex
@@ -280,7 +280,7 @@ def start(path: Path, *, resume: bool = False, ranks: int | None = None, device:
         if t.batch % ranks:
             raise InputError(f"a batch of {t.batch} does not divide among {ranks} ranks; use a divisor of {t.batch}")
         if resume and (how := finished(run, settings)):
-            say(f"{path} is finished: {how}, weights in {run.weights}{_how_to_extend(path, settings)}")
+            say(f"{path} is finished: {how}, weights in {run.weights}{how_to_extend(path, settings)}")
             return
         if ranks == 1:
             train(path, World(device=torch.device(device)), resume=resume)
@@ -302,17 +302,6 @@ def _says_how_to_resume(path: Path) -> Iterator[None]:
         if isinstance(stopped, SystemExit) and stopped.code != 128 + signum:
             raise
         raise Interrupted(signum, f"stopped by {signum.name}; {how_to_resume(path)}") from None
-
-
-def finished(run: RunFolder, settings: Settings) -> str:
-    """How a run came to its end, in words: by its length, or by the stop rule. "" where it goes on when resumed."""
-    state = checkpoint.last_state(run.checkpoints)
-    if state is None or not run.weights.is_file() or state.get("audit_owed"):
-        return ""
-    if state.get("ended") == "copying":
-        rate = settings.training.stop_when_copying
-        return f"stopped at {state['nimg'] / 1000:g} kimg, where copying exceeded the control by more than {rate:.3g}"
-    return f"{settings.training.kimg:g} kimg" if state["nimg"] >= settings.training.kimg * 1000 else ""
 
 
 def _rank(path: str, device: str, resume: bool) -> int:
@@ -385,33 +374,6 @@ def resume(path: Path, *, ranks: int | None = None, device: str | None = None, k
         start(found(), resume=True, ranks=ranks, device=device)
 
 
-def set_length(run: RunFolder, kimg: float) -> None:
-    """Give a run another length, also one that is finished: no other setting follows from the length, so the numbers
-    are those of a run that was this long from the start. Its figures are of its old weights until it is evaluated.
-
-    Raises
-    ------
-    InputError : a length that it already has behind it, or a run that its stop rule ended
-    """
-    settings = run.read_settings()
-    state = checkpoint.last_state(run.checkpoints) or {}
-    trained = state.get("nimg", 0) / 1000
-    if state.get("ended") == "copying":
-        raise InputError(f"--kimg {kimg:g}: {run.path} was ended by --stop-when-copying, it does not go on")
-    if not kimg > trained:  # not a number, too
-        raise InputError(f"--kimg {kimg:g}: {run.path} has trained {trained:g} kimg; name its whole length, above that")
-    longer = settings.with_values({"training": {"kimg": kimg}}, where="--kimg")
-    check(longer)
-    run.write_settings(longer)
-
-
-def _how_to_extend(path: Path, settings: Settings) -> str:
-    """For a run that reached its length."""
-    if (checkpoint.last_state(RunFolder(path).checkpoints) or {}).get("ended") == "copying":
-        return ""
-    return f"; for a longer one: {how_to_resume(path).partition(': ')[2]} --kimg {2 * settings.training.kimg:g}"
-
-
 def _under_torchrun(prepare_run: Callable[[], Path], *, resume: bool) -> None:
     world = join_world("cuda" if torch.cuda.is_available() else "cpu")
     path = run_from_first(world, prepare_run)
@@ -420,7 +382,7 @@ def _under_torchrun(prepare_run: Callable[[], Path], *, resume: bool) -> None:
         if resume and (how := finished(run, run.read_settings())):
             if world.first:
                 settings = run.read_settings()
-                say(f"{path} is finished: {how}, weights in {run.weights}{_how_to_extend(path, settings)}")
+                say(f"{path} is finished: {how}, weights in {run.weights}{how_to_extend(path, settings)}")
         else:
             train(path, world, resume=resume)
     leave_world()
