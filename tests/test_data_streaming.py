@@ -503,8 +503,11 @@ def test_bounded_cache(server, tmp_path):
     stream = remote(server, tmp_path, cache_bytes=limit)
     for start in range(0, 2 * N, 5):
         stream.fetch(stream.index(torch.arange(start, start + 5)).numpy())
-        held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar"))
-        assert held <= limit
+        held = 0
+        for path in list((tmp_path / "cache").glob("*.tar")):
+            with contextlib.suppress(FileNotFoundError):  # the stream reads ahead and tidies meanwhile
+                held += path.stat().st_size
+        assert 0 < held <= limit
     assert len(server.asked) > 8
 
 
