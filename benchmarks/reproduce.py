@@ -36,8 +36,9 @@ DIGITS = {100: 64.0, 300: 192.0, 30: 24.0}  # training images: kimg, 640 to 800 
 AUDITED = {"digits-30": (2.0, "evaluation.audit_num=512"), "digits-300": (16.0,)}
 DIGITS_SIGMA_TN = (0.0, 0.1, 0.2, 0.4)
 COMPARED = ("fresh-noise", "weight-decay", "early-stop")
-PICTURES = {  # resolution, training images, kimg, kimg between audits
-    "pictures-16": (16, 300, 288.0, 36.0), "pictures-32": (32, 300, 288.0, 36.0), "pictures-16-100": (16, 100, 96.0, 12.0),
+PICTURES = {  # resolution, training images, kimg, kimg between audits, precision: the long ones take half the time in bf16
+    "pictures-16": (16, 300, 288.0, 24.0, "bf16"), "pictures-32": (32, 300, 288.0, 24.0, "bf16"),
+    "pictures-16-100": (16, 100, 96.0, 12.0, None),
 }  # fmt: skip
 # Small batches, large steps, no dropout: by the presets' own settings 300 pictures of 16x16 had copied nothing after 84
 # kimg; by these, 100 pictures begin to after 360 passes. Distances are a network's, where photographs are told apart.
@@ -86,12 +87,13 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
     for images, kimg in DIGITS.items():
         add(f"digits-{images}", "digits", DIGITS_SIGMA_TN, kimg, f"data.train={images}", many=str(MANY["digits"]))
     if a.source:
-        for name, (pixels, images, kimg, every) in PICTURES.items():
+        for name, (pixels, images, kimg, every, precision) in PICTURES.items():
             train, holdout, many = (20, 10, 30) if a.tiny else (images, PICTURES_HOLDOUT, MANY["pictures"])
+            settings = [] if a.tiny else [*PICTURES_SET, *([f"training.precision={precision}"] if precision else [])]
             levels = tuple(scale * default_sigma_tn(pixels) for scale in SCALES)
             add(
                 name, a.source, levels, kimg, f"data.resolution={pixels}", f"data.train={train}",
-                f"data.holdout={holdout}", *(() if a.tiny else PICTURES_SET), many=str(many),
+                f"data.holdout={holdout}", *settings, many=str(many),
                 every=None if a.tiny else every, features=None if a.tiny else PICTURES_FEATURES,
                 baselines=(*COMPARED, "ambient-stop"),
             )  # fmt: skip

@@ -16,8 +16,8 @@ from typing import Any
 from fastambient.console import duration, warn
 from fastambient.files import write_bytes, write_json
 from fastambient.sweep import BASELINES, TARGET
-from fastambient.sweep_plot import plot_pareto, plot_training
-from fastambient.sweep_results import KINDS, STOPPED, WITHIN, over_seeds, summarize, table
+from fastambient.sweep.plot import plot_pareto, plot_training
+from fastambient.sweep.results import KINDS, STOPPED, WITHIN, over_seeds, summarize, table
 
 READING = ("<!-- reading: begin -->", "<!-- reading: end -->")
 _GROWS = ("seeds", "sigma_tn", "baselines")  # settings of the sweep, not of its cells: more of them may come later

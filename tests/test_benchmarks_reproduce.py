@@ -16,7 +16,7 @@ import reproduce
 import reproduce_page
 
 from fastambient.sweep import cells
-from fastambient.sweep_results import summarize
+from fastambient.sweep.results import summarize
 
 SETTINGS = {
     "data": "digits", "resolution": 8, "train": 100, "holdout": 1697, "kimg": 64.0, "num": 1000, "seeds": [0, 1, 2],
@@ -183,7 +183,9 @@ def test_the_sweeps_of_each_part():
     assert list(found) == [name for each in names for name in (each, f"{each}-many")]
     assert found["pictures-16-100"].kimg == 96 and "data.train=100" in found["pictures-16-100"].assignments
     assert {r.features for r in found.values()} == {"efficientnet-lite0"}
-    assert found["pictures-16"].audit_every == 36
+    assert found["pictures-16"].audit_every == 24
+    assert "training.precision=bf16" in found["pictures-32"].assignments
+    assert not any("precision" in text for text in found["pictures-16-100"].assignments)
     assert found["pictures-16"].sigma_tn == (0, 0.1875, 0.375, 0.75) and found["pictures-32"].sigma_tn[2] == 0.75
     assert "data.train=300" in found["pictures-32"].assignments
     assert "data.train=10000" in found["pictures-32-many"].assignments and len(cells(found["pictures-32-many"])) == 1

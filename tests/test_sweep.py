@@ -7,6 +7,7 @@ import html
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,19 +15,23 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, cli
+from safetensors.torch import load_file
 from test_cli import _handlers, run, spawn, wait_for_lines  # noqa: F401
 
-from fastambient import sweep as sweeping
-from fastambient import sweep_plot, sweep_results
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import open_source
 from fastambient.errors import FastambientError, InputError
-from fastambient.sweep import SweepRequest, cells, sweep
-from fastambient.sweep_cell import main as cell_main
-from fastambient.sweep_cell import run_cell
-from fastambient.sweep_results import choice, choose, over_seeds, summarize, table
-from fastambient.training.checkpoint import checkpoints
+from fastambient.sweep import BASELINES, SweepRequest, cells, jobs, sweep
+from fastambient.sweep import plot as sweep_plot
+from fastambient.sweep import results as sweep_results
+from fastambient.sweep.cell import main as cell_main
+from fastambient.sweep.cell import run_cell
+from fastambient.sweep.results import choice, choose, over_seeds, summarize, table
+from fastambient.training import audits, loop
+from fastambient.training.checkpoint import checkpoints, last_state
+from fastambient.training.ending import go_on_from
 from fastambient.training.run import RunFolder
 
 SMALL = [*TINY, "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]
@@ -176,7 +181,7 @@ def test_each_run_at_its_best_audit():
 
 
 def test_the_cells():
-    found = cells(SweepRequest(sigma_tn=(0, 0.1, 0.2), seeds=(3, 4), baselines=sweeping.BASELINES))
+    found = cells(SweepRequest(sigma_tn=(0, 0.1, 0.2), seeds=(3, 4), baselines=BASELINES))
     names = [c.name for c in found]
     assert names[:9] == ["edm-seed3", "ambient-0.1-seed3", "ambient-0.2-seed3", "fresh-noise-0.1-seed3",
                          "fresh-noise-0.2-seed3", "weight-decay-seed3", "early-stop-seed3", "ambient-stop-0.1-seed3",
@@ -256,8 +261,8 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     Here.ran = []
-    monkeypatch.setattr(sweeping, "_Job", Here)
-    monkeypatch.setattr(sweeping, "_POLL_SECONDS", 0)
+    monkeypatch.setattr(jobs, "_Job", Here)
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0)
     monkeypatch.setattr("fastambient.evaluation.run.write_report", lambda *a, **k: None)  # of each run
     monkeypatch.setattr("fastambient.training.audits_plot.plot_audits", lambda *a, **k: None)
 
@@ -283,7 +288,7 @@ def test_finished_cells_are_kept_and_others_are_refused(tmp_path, here, capsys):
     }
     # more cells: what is there stays as it is
     summary = sweep(asked(baselines=("early-stop", "fresh-noise")), out)
-    assert Here.ran == ["edm-seed0", "ambient-0.2-seed0", "fresh-noise-0.2-seed0", "early-stop-seed0"]
+    assert Here.ran == ["edm-seed0", "early-stop-seed0", "ambient-0.2-seed0", "fresh-noise-0.2-seed0"]
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     told = json.loads((out / "sweep.json").read_text())
     assert told == json.loads(json.dumps(summary)) and len(told["cells"]) == 4 and told["settings"]["train"] == 100
@@ -307,6 +312,7 @@ def test_finished_cells_are_kept_and_others_are_refused(tmp_path, here, capsys):
     assert RunFolder(out / "early-stop-seed0").read_settings().training.audit_kimg == pytest.approx(0.0016)
     seeds = {RunFolder(out / c["name"]).read_noise_seed() for c in told["cells"] if c["kind"] != "edm"}
     assert len(seeds) == 3, "levels share no noise"
+    assert not (out / "early-stop-seed0" / "begun.json").exists(), "a stopped run is trained from its start"
     assert not any(str(seed) in (out / "sweep.json").read_text() for seed in seeds if seed > 1000)
     # another number of samples: measured anew, not trained
     Here.ran.clear()
@@ -323,6 +329,64 @@ def test_finished_cells_are_kept_and_others_are_refused(tmp_path, here, capsys):
         with pytest.raises(InputError, match=message):
             sweep(asked(**changed), out)
     assert Here.ran == ["edm-seed0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_run_goes_on_from_the_one_that_was_stopped(tmp_path, here, monkeypatch, stops):
+    """Its weights and audits are those of a run from the start; only what came after the stop is trained again."""
+    measured, trained = audits.measure, []
+
+    def measure(samples, sets, **how):
+        trained.append(1)
+        return measured(samples, sets, **how)
+
+    monkeypatch.setattr(audits, "measure", measure)
+    for module in (audits, loop):  # of four audits the third and the fourth are above the rate
+        monkeypatch.setattr(module, "excess", lambda row: float(stops and row["nimg"] > 32))
+    usual = {"sigma_tn": (0, 0.2), "kimg": 0.064, "audit_every": 0.016}
+    alone = sweep(asked(**usual), tmp_path / "alone")["cells"]
+    assert len(trained) == 8
+    trained.clear()
+    out = tmp_path / "both"
+    found = sweep(asked(**usual, baselines=("early-stop", "ambient-stop")), out)["cells"]
+    assert len(trained) == (3 + 3 + 1 + 1 if stops else 4 + 4)
+    assert Here.ran[2:] == ["early-stop-seed0", "ambient-stop-0.2-seed0", "edm-seed0", "ambient-0.2-seed0"]
+    weights = lambda run: load_file(run / "model.safetensors")  # noqa: E731
+    for name, stopped in (("edm-seed0", "early-stop-seed0"), ("ambient-0.2-seed0", "ambient-stop-0.2-seed0")):
+        ours, theirs = weights(out / name), weights(tmp_path / "alone" / name)
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+        rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in RunFolder(where / name).read_audits()]
+                for where in (out, tmp_path / "alone")]  # fmt: skip
+        assert rows[0] == rows[1] and len(rows[0]) == 4
+        losses = [[row["loss"] for row in RunFolder(w / name).read_stats()] for w in (out, tmp_path / "alone")]
+        assert losses[0] == losses[1] and len(losses[0]) == 8
+        begun = json.loads((out / name / "begun.json").read_text())
+        assert begun["run"] == stopped and begun["nimg"] == (48 if stops else 64)
+        row, before = (next(c for c in results if c["name"] == name) for results in (found, alone))
+        assert row["seconds"] == round(last_state(out / name / "checkpoints")["seconds"] - begun["seconds"], 1)
+        assert row | {"seconds": 0} == before | {"seconds": 0}
+    early = next(c for c in found if c["kind"] == "early-stop")
+    assert early["stopped_when_copying"] == stops and early["kimg"] == (0.032 if stops else 0.064)
+
+
+@pytest.mark.slow
+def test_a_run_of_other_settings_or_noise_or_one_that_began_is_left_alone(tmp_path, here):
+    out = tmp_path / "sweep"
+    sweep(asked(baselines=("early-stop",), sigma_tn=(0,)), out)
+    stopped = RunFolder(out / "early-stop-seed0")
+    for name, changed in (
+        ("lr", {"assignments": (*SMALL, "training.lr=0.5")}),
+        ("noise", {"noise_seed": 8}),
+        ("seed", {"seeds": (1,)}),
+    ):
+        other = tmp_path / name
+        sweep(asked(sigma_tn=(0,), **changed), other)
+        run_ = next(RunFolder(p.parent) for p in other.glob("edm-*/config.yaml"))
+        assert not go_on_from(run_, stopped), "it has begun"
+        shutil.rmtree(run_.checkpoints)
+        assert not go_on_from(run_, stopped) and not run_.checkpoints.exists() and not run_.begun.exists()
+    assert not go_on_from(run_, RunFolder(tmp_path / "nowhere"))
 
 
 def test_a_store_is_swept_where_it_lies_and_needs_held_out_images(tmp_path, here):
@@ -359,7 +423,7 @@ def test_a_cell_that_fails_ends_the_others_and_is_named(tmp_path, monkeypatch):
         def end(self):
             ended.append((self.path.name, self.child.wait(10)))
 
-    monkeypatch.setattr(sweeping, "_Job", Job)
+    monkeypatch.setattr(jobs, "_Job", Job)
     with pytest.raises(FastambientError, match=r"the cell .*ambient-0\.2-seed0 failed"):
         sweep(asked(parallel=2), tmp_path / "sweep")
     assert sorted(ended) == [("ambient-0.2-seed0", -signal.SIGTERM), ("edm-seed0", -signal.SIGTERM)]

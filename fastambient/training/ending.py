@@ -1,10 +1,14 @@
-"""How a run came to its end, and how it is given a later one."""
+"""How a run came to its end, how it is given a later one, and how another goes on where it ended."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 from fastambient.errors import InputError
+from fastambient.files import write_bytes, write_json
 from fastambient.training import checkpoint
 from fastambient.training.config import Settings, check
 from fastambient.training.run import RunFolder
@@ -47,3 +51,49 @@ def how_to_extend(path: Path, settings: Settings) -> str:
     if (checkpoint.last_state(RunFolder(path).checkpoints) or {}).get("ended") == "copying":
         return ""
     return f"; for a longer one: {how_to_resume(path).partition(': ')[2]} --kimg {2 * settings.training.kimg:g}"
+
+
+def go_on_from(run: RunFolder, stopped: RunFolder) -> bool:
+    """Let `run`, which has not begun, go on where the finished run `stopped` ended, rather than train the same again.
+
+    Its numbers are then those of a run of its own, since neither audits nor the stop rule touch training's: the two
+    must agree in every other setting, and in the seed of fixed noise. begun.json says what was taken over.
+
+    Returns
+    -------
+    bool : False, and nothing is written, where the runs differ, `run` has begun, or `stopped` is not there or finished
+    """
+    if not stopped.config.is_file():
+        return False
+    settings, there = run.read_settings(), stopped.read_settings()
+    alike = _without_rule(settings) == _without_rule(there) and run.read_noise_seed() == stopped.read_noise_seed()
+    if not alike or checkpoint.checkpoints(run.checkpoints) or not finished(stopped, there):
+        return False
+    found = checkpoint.load_latest(stopped.checkpoints)
+    assert found is not None  # it is finished
+    tensors, state = found
+    sizes = dict(state["log_sizes"])
+    if settings.training.audit_kimg != there.training.audit_kimg:
+        sizes["audits"] = 0
+    for name, size in sizes.items():
+        if size:
+            write_bytes(run.path / f"{name}.jsonl", (stopped.path / f"{name}.jsonl").read_bytes()[:size])
+    if stopped.tensorboard.is_dir():
+        shutil.copytree(stopped.tensorboard, run.tensorboard, dirs_exist_ok=True)
+    write_json(run.begun, {"run": stopped.path.name, "nimg": state["nimg"], "seconds": state["seconds"]})
+    state = {k: v for k, v in state.items() if k not in ("nimg", "format_version")}  # last: with it, the run has begun
+    keep = settings.training.keep_checkpoints
+    checkpoint.save(run.checkpoints, found[1]["nimg"], tensors, state | {"log_sizes": sizes, "ended": None}, keep=keep)
+    return True
+
+
+def seconds_taken_over(run: RunFolder) -> float:
+    """Of the run that this one went on from; 0 where it was trained from its start."""
+    return float(json.loads(run.begun.read_text())["seconds"]) if run.begun.is_file() else 0.0
+
+
+def _without_rule(settings: Settings) -> dict[str, dict[str, Any]]:
+    tree = settings.tree()
+    for name in ("audit_kimg", "stop_when_copying"):
+        del tree["training"][name]
+    return tree

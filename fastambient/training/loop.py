@@ -249,7 +249,7 @@ class Trainer:
                 self.settings, channels=self.data.channels, num_classes=self.data.num_classes, ranks=world.size,
                 gpu=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
             )  # fmt: skip
-        saved_at = self.nimg if self.log_sizes else -1
+        saved_at = self.nimg if self.log_sizes and self.run.weights.is_file() else -1
         gpu, read_at = open_gpu(world.device), self.nimg
         if gpu is not None:
             gpu.read()  # energy counts from here

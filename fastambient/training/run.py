@@ -8,6 +8,7 @@ stats.jsonl         one object per optimizer step
 skipped.jsonl       [image, reason], of the images that a stream left out: a line from each process that met one
 sigma_loss.jsonl    loss per noise level, one object per checkpoint
 audits.jsonl        copying and quality while it trained, one object per audit, drawn in audits.png and audits.svg
+begun.json          run, nimg, seconds: where this one took over the beginning of another (in a sweep)
 snapshots/          EMA weights of audits, where a rule may stop the run and go back to them
 checkpoints/        nimg-000000064000/ ...
 model.safetensors   EMA weights, self-contained
@@ -45,6 +46,7 @@ class RunFolder:
         self.skipped = path / "skipped.jsonl"
         self.sigma_loss = path / "sigma_loss.jsonl"
         self.audits = path / "audits.jsonl"
+        self.begun = path / "begun.json"
         self.snapshots = path / "snapshots"
         self.checkpoints = path / "checkpoints"
         self.weights = path / "model.safetensors"

@@ -29,8 +29,10 @@ from fastambient.evaluation.memorization import bootstrap_interval
 from fastambient.evaluation.report_figures import doubt
 from fastambient.training import checkpoint
 from fastambient.training.audits import excess
+from fastambient.training.ending import seconds_taken_over
 from fastambient.training.run import RunFolder
 
+SAMPLES, MEASURED = "samples.npz", "measured.json"  # of a cell's run folder
 WITHIN = 0.10
 STOPPED = ("early-stop", "ambient-stop")  # EDM and ambient again, up to where the stop rule ended them
 _FAR = 2.0  # times the training images' own distance: from there on no model has learnt the set yet
@@ -40,9 +42,15 @@ KINDS = {
 }  # fmt: skip
 
 
+def marker(num: int, features: str | None) -> dict[str, Any]:
+    """The content of measured.json: how samples.npz was measured."""
+    return {"num": num, "features": features}
+
+
 def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: str | None) -> dict[str, Any]:
     """A row of sweep.json from a run's metrics.json and weights.
 
+    seconds : that this run trained, without the beginning that it took over from a stopped one
     fd : of `features` where metrics.json has it, else in pixel space; `fd_space` says which
     kimg : images that the weights have seen; below `kimg_trained` where the stop rule went back
     doubt : why a low copy rate says nothing here, "" where it does
@@ -55,10 +63,11 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
         nimg = json.loads(weights.metadata()["nimg"])
     state = checkpoint.last_state(RunFolder(path).checkpoints) or {}
     matched = m["control"]["train_rate"]
+    seconds = state.get("seconds", 0.0) - seconds_taken_over(RunFolder(path))
     return {
         "name": path.name, "kind": kind, "sigma_tn": sigma_tn, "seed": seed,
         "kimg": nimg / 1000, "kimg_trained": state.get("nimg", nimg) / 1000,
-        "stopped_when_copying": state.get("ended") == "copying", "seconds": round(state.get("seconds", 0.0), 1),
+        "stopped_when_copying": state.get("ended") == "copying", "seconds": round(seconds, 1),
         "samples": metrics["counts"]["samples"], "rate": m["gap_ratio"]["rate"], "ci95": m["gap_ratio"]["ci95"],
         "train_rate": matched, "holdout_rate": m["gap_ratio"]["holdout_rate"],
         "excess": matched - m["gap_ratio"]["holdout_rate"], "fd": spaces[space]["value"], "fd_space": space,

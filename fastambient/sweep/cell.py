@@ -1,4 +1,4 @@
-"""One cell of a sweep, in a process of its own: ``python -m fastambient.sweep_cell RUN NUM DEVICE [FEATURES]``.
+"""One cell of a sweep, in a process of its own: ``python -m fastambient.sweep.cell RUN NUM DEVICE [FEATURES]``.
 
 What ``train --resume``, ``sample`` and ``evaluate`` do one after the other, in one process, because starting three
 takes longer than measuring a small run. measured.json is written last and says how it was measured.
@@ -14,13 +14,7 @@ from typing import Any
 
 from fastambient.errors import FastambientError
 from fastambient.files import write_json
-
-SAMPLES, MEASURED = "samples.npz", "measured.json"
-
-
-def marker(num: int, features: str | None) -> dict[str, Any]:
-    """The content of measured.json."""
-    return {"num": num, "features": features}
+from fastambient.sweep.results import MEASURED, SAMPLES, marker
 
 
 def run_cell(path: Path, num: int, device: str, features: str | None) -> None:

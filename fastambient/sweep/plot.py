@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastambient.evaluation.quality import figure_name
-from fastambient.sweep_results import KINDS, STOPPED
+from fastambient.sweep.results import KINDS, STOPPED
 from fastambient.training.audits_plot import save_figure
 
 _STYLE = {  # colour and marker: curves differ by more than colour

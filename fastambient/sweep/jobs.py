@@ -1,0 +1,120 @@
+"""Cells side by side, each in a process of its own (cell.py), and the end of them all by a signal or an error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from fastambient.console import progress, say
+from fastambient.errors import FastambientError
+from fastambient.processes import die_with_parent
+from fastambient.sweep.request import Cell, SweepRequest
+from fastambient.sweep.results import STOPPED, cell_line, result_of_cell
+from fastambient.training.ending import go_on_from
+from fastambient.training.run import RunFolder
+from fastambient.training.stopping import Interrupted
+
+_POLL_SECONDS = 0.3
+_GRACE_SECONDS = 60.0  # a run that is told to stop writes its checkpoint
+
+
+class _Job:
+    """The process of one cell, in a place among the parallel ones."""
+
+    def __init__(self, request: SweepRequest, path: Path, log: Path, place: int, threads: int) -> None:
+        self.path, self.place = path, place
+        features = [] if request.features is None else [request.features]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # each is a run of its own, whatever started this one
+            environment.pop(name, None)
+        if request.gpus > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(place % request.gpus)
+        self.log: IO[str] = open(log, "a+", encoding="utf-8")  # noqa: SIM115
+        device = "cuda" if request.gpus else "cpu"
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "fastambient.sweep.cell", str(path), str(request.num), device, *features],
+            env=environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, preexec_fn=die_with_parent,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then tells the children once
+        )  # fmt: skip
+
+    def done(self) -> bool:
+        """FastambientError where it failed, with the last thing that it said."""
+        if self.child.poll() is None:
+            return False
+        if self.child.returncode:
+            self.log.seek(0)
+            last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+            raise FastambientError(f"the cell {self.path} failed with exit code {self.child.returncode}: {last}")
+        return True
+
+    def end(self) -> None:
+        try:
+            self.child.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        self.log.close()
+
+
+def run_all(request: SweepRequest, todo: list[Cell], out: Path) -> None:
+    """Train and measure these cells, `parallel` at once."""
+    cores = os.cpu_count() or 1
+    parallel = min(request.parallel or request.gpus or cores, len(todo))
+    threads = max(1, cores // parallel)
+    images = {c.name: round(RunFolder(out / c.name).read_settings().training.kimg * 1000) for c in todo}
+    waiting = sorted(todo, key=lambda c: (request.seeds.index(c.seed), c.kind not in STOPPED))
+    jobs: dict[Cell, _Job] = {}
+    count, total = 0, len(todo)
+    seen = {c.name: RunFolder(out / c.name).images_seen() for c in todo}
+    try:
+        with progress("sweep", sum(images.values()) - sum(seen.values())) as advance:
+            while waiting or jobs:
+                while len(jobs) < parallel and (ready := [c for c in waiting if _is_ready(c, (*waiting, *jobs))]):
+                    cell = ready[0]
+                    waiting.remove(cell)
+                    if cell.twin is not None and cell.kind not in STOPPED:
+                        go_on_from(RunFolder(out / cell.name), RunFolder(out / cell.twin.name))
+                    place = next(p for p in range(parallel) if p not in {j.place for j in jobs.values()})
+                    log = out / "logs" / f"{cell.name}.log"
+                    jobs[cell] = _Job(request, out / cell.name, log, place, threads)
+                for cell, job in list(jobs.items()):
+                    ended = job.done()
+                    # A run that the rule stopped counts as whole: the time left is that of the others.
+                    now = images[cell.name] if ended else min(RunFolder(job.path).images_seen(), images[cell.name])
+                    advance(max(now - seen[cell.name], 0))
+                    seen[cell.name] = max(now, seen[cell.name])
+                    if ended:
+                        jobs.pop(cell).end()
+                        count += 1
+                        found = result_of_cell(cell.kind, cell.sigma_tn, cell.seed, job.path, request.features)
+                        say(f"{cell_line(found)} ({count} of {total} done)")
+                time.sleep(_POLL_SECONDS)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        signum = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
+        _end(jobs)
+        raise Interrupted(
+            signum, f"stopped by {signum.name}, with checkpoints: the same command goes on, finished cells are kept"
+        ) from None
+    except FastambientError:
+        _end(jobs)
+        raise
+
+
+def _is_ready(cell: Cell, unfinished: Sequence[Cell]) -> bool:
+    """No cell of those that are unfinished trains its beginning."""
+    return cell.kind in STOPPED or cell.twin not in unfinished
+
+
+def _end(jobs: dict[Cell, _Job]) -> None:
+    """Tell all runs to stop, which writes their checkpoints, and wait for them."""
+    for job in jobs.values():
+        if job.child.poll() is None:
+            job.child.terminate()
+    for job in jobs.values():
+        job.end()
