@@ -36,7 +36,7 @@ DIGITS = {100: 64.0, 300: 192.0, 30: 24.0}  # training images: kimg, 640 to 800 
 AUDITED = {"digits-30": (2.0, "evaluation.audit_num=512"), "digits-300": (16.0,)}
 DIGITS_SIGMA_TN = (0.0, 0.1, 0.2, 0.4)
 COMPARED = ("fresh-noise", "weight-decay", "early-stop")
-PICTURES = {  # resolution, training images, kimg, kimg between audits, precision: the long ones take half the time in bf16
+PICTURES = {  # resolution, training images, kimg, kimg between audits, precision (bf16: half the time, or less)
     "pictures-16": (16, 300, 288.0, 24.0, "bf16"), "pictures-32": (32, 300, 288.0, 24.0, "bf16"),
     "pictures-16-100": (16, 100, 96.0, 12.0, None),
 }  # fmt: skip

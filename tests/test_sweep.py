@@ -374,7 +374,8 @@ def test_a_run_goes_on_from_the_one_that_was_stopped(tmp_path, here, monkeypatch
 def test_a_run_of_other_settings_or_noise_or_one_that_began_is_left_alone(tmp_path, here):
     out = tmp_path / "sweep"
     sweep(asked(baselines=("early-stop",), sigma_tn=(0,)), out)
-    stopped = RunFolder(out / "early-stop-seed0")
+    stopped, edm = RunFolder(out / "early-stop-seed0"), RunFolder(out / "edm-seed0")
+    assert edm.begun.is_file() and stopped.read_audits() and not edm.read_audits(), "it audits nothing of its own"
     for name, changed in (
         ("lr", {"assignments": (*SMALL, "training.lr=0.5")}),
         ("noise", {"noise_seed": 8}),

@@ -127,17 +127,18 @@ def train_request(request: SweepRequest, cell: Cell, number: int, store: Store, 
         | ({} if request.audit_every is None else {"audit_kimg": request.audit_every})
         | cell.options.get("training", {}),
     }
-    seed = None
-    twin = None if cell.twin is None else RunFolder(out / cell.twin.name)
-    if store.manifest["noisy"] != "none":
-        pass
-    elif twin is not None and twin.config.is_file():
-        seed = twin.read_noise_seed()
-    else:  # levels that share a seed would give the images away together
-        seed = secrets.randbits(64) if request.noise_seed is None else (request.noise_seed + number) % 2**64
+    seed = _noise_seed(request, cell, number, out) if store.manifest["noisy"] == "none" else None
     return TrainRequest(
         data=str(store.path), preset=request.preset, assignments=request.assignments, options=options, noise_seed=seed
     )
+
+
+def _noise_seed(request: SweepRequest, cell: Cell, number: int, out: Path) -> int:
+    """That of the cell's twin, which is the same training, or one of its own: levels that share a seed would give the
+    images away together."""
+    if cell.twin is not None and (twin := RunFolder(out / cell.twin.name)).config.is_file():
+        return twin.read_noise_seed()
+    return secrets.randbits(64) if request.noise_seed is None else (request.noise_seed + number) % 2**64
 
 
 def _create(request: SweepRequest, cell: Cell, number: int, store: Store, path: Path) -> None:

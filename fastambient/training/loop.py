@@ -249,6 +249,7 @@ class Trainer:
                 self.settings, channels=self.data.channels, num_classes=self.data.num_classes, ranks=world.size,
                 gpu=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
             )  # fmt: skip
+        # A beginning that was taken over from another run (ending.py) has a checkpoint, but no weights of its own yet.
         saved_at = self.nimg if self.log_sizes and self.run.weights.is_file() else -1
         gpu, read_at = open_gpu(world.device), self.nimg
         if gpu is not None:
