@@ -56,7 +56,7 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
     a = arguments
     common: dict[str, Any] = {
         "seeds": a.seeds, "num": 12 if a.tiny else NUM, "parallel": a.parallel, "gpus": a.gpus,
-        "noise_seed": a.noise_seed + 1000 * a.seeds[0],  # no fixed noise twice, however the seeds are shared out
+        "noise_seed": a.noise_seed,
     }  # fmt: skip
     own = TINY if a.tiny else []
     found: dict[str, SweepRequest] = {}

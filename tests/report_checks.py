@@ -97,7 +97,8 @@ def _metrics(
     metrics: dict[str, Any] = {
         "counts": {"train": train, "holdout": holdout, "samples": n, "train_distinct": train, "holdout_distinct": holdout},
         "frechet": {"pixel": {"value": 1.234 if both else None, "reference": f"holdout ({holdout} images)",
-                              "train_vs_reference": 0.987 if both else None, "dimensions": 64}},
+                              "train_vs_reference": 0.987 if both else None, "dimensions": 64,
+                              "equal_counts": {"images": 60, "value": 1.5, "train_vs_reference": 1.4} if both else None}},
         "memorization": {
             "gap_ratio": {"threshold": 1 / 3, "copies": copies, "rate": rate, "ci95": ci(rate),
                           "holdout_rate": float((scores[0].control < 1 / 3).mean()) if both else None},
@@ -127,11 +128,18 @@ def _metrics(
                         f"density-{n} vs held-out": 0.97, f"coverage-{n} vs held-out": None},
             "notes": ["density, coverage: need at least 6 held-out images, here 5"],
         }]  # fmt: skip
-        metrics["mifid"] = {"value": 13.1, "distance": 0.21, "threshold": 0.1} if both else None
-        metrics["fld"] = {"train": 5.5, "holdout": 9.75, "gap": 4.25} if both else None
+        metrics["mifid"] = {
+            "value": 13.1, "distance": 0.21, "threshold": 0.1,
+            "control": {"images": 60, "distance": 0.22, "holdout_distance": 0.23},
+        } if both else None  # fmt: skip
+        metrics["fld"] = {
+            "train": 5.5, "holdout": 9.75, "gap": 4.25, "gap_ci95": [1.0, 7.5],
+            "control": {"images": 40, "gap": 6.0, "holdout_gap": 3.5},
+        } if both else None  # fmt: skip
         sigmas = (0.02, 0.1, 0.5, 2.0, 10.0)
         metrics["denoising_gap"] = [
-            {"sigma": s, "train": 1 / s, "holdout": 1.4 / s, "gap": 1 + 0.4 / s**0.1} for s in sigmas
+            {"sigma": s, "train": 1 / s, "holdout": 1.4 / s, "gap": 1 + 0.4 / s**0.1, "gap_ci95": [1.0, 1 + 0.8 / s**0.1]}
+            for s in sigmas
         ] if both else None  # fmt: skip
     return metrics
 

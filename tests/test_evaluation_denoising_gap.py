@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.errors import InputError
+from fastambient.evaluation import denoising_gap as module
 from fastambient.evaluation.denoising_gap import default_sigmas, denoising_gap
 from fastambient_kernels import Stream, normal
 
@@ -92,7 +93,21 @@ def test_both_sides_get_the_same_noise_of_the_seed_and_equally_many_images():
 
 def test_the_batch_size_changes_nothing():
     rows = [denoising_gap(_ideal(_TRAIN), _TRAIN, _HOLDOUT, sigmas=[2.0], batch=batch)[0] for batch in (7, 64)]
-    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+    assert list(rows[0].values()) == [pytest.approx(value, rel=1e-5) for value in rows[1].values()]
+
+
+def test_the_interval_of_the_gap_is_that_of_its_images():
+    """Errors of images that are known: the ratio of means by bootstrap has about the interval that is told."""
+    generator = np.random.default_rng(0)
+    errors = generator.gamma(4.0, 1.0, (2, 60)) * np.array([[1.0], [1.5]])
+    row = module._row(0.5, *errors)
+    drawn = [np.mean(generator.choice(errors[1], 60)) / np.mean(generator.choice(errors[0], 60)) for _ in range(4000)]
+    assert row["gap"] == pytest.approx(errors[1].mean() / errors[0].mean())
+    assert row["gap_ci95"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), rel=0.04)
+    assert (
+        module._row(0.5, errors[0] * 0, errors[1])["gap_ci95"] is None
+        and module._row(0.5, *errors[:, :1])["gap_ci95"] is None
+    )
 
 
 class _Network(nn.Module):

@@ -428,7 +428,9 @@ def test_a_module_gets_colours_from_0_to_1_at_native_size(tmp_path):
     embedder = load_embedder(str(file))
     x = pictures(2, 8, 1)
     torch.testing.assert_close(embedder(x), x.float().mean((2, 3)).expand(-1, 3) / 255)
-    assert (embedder.name, embedder.label, embedder.dimensions) == ("Mine", "Mine", 3)
+    assert (embedder.name, embedder.label, embedder.dimensions) == ("Mine.pt", "Mine.pt", 3), (
+        "never taken for a network of that name"
+    )
     assert load_embedder(str(saved(Flat(), tmp_path / "other.pt"))).identity != embedder.identity
     with pytest.raises(InputError, match="holds its own weights"):
         load_embedder(str(file), weights=file)

@@ -17,6 +17,7 @@ from fastambient.evaluation.likelihood import (
     MIFID_THRESHOLD,
     VARIANCE_BOUND,
     feature_likelihood_divergence,
+    likelihood_control,
     mifid,
 )
 
@@ -112,7 +113,7 @@ def test_log_likelihood_by_the_formula():
     squared = np.square(x[:, None].astype(np.float64) - centres).sum(2)
     p = (np.exp(-squared / 2 / v) / (2 * np.pi * v) ** 2.5).mean(1)
     found = module._log_likelihood(x.astype(np.float64), centres.astype(np.float64), torch.from_numpy(v))
-    assert found == pytest.approx(np.log(p).mean(), rel=1e-6)
+    assert found == pytest.approx(np.log(p), rel=1e-6)
 
 
 def test_units_do_not_matter_and_constant_dimensions_are_left_out():
@@ -131,16 +132,60 @@ def test_is_deterministic_blocks_change_nothing_and_large_sets_are_thinned(monke
     plain = _fld(_planted(0.5))
     assert _fld(_planted(0.5)) == plain
     monkeypatch.setattr(module, "_ROWS", 7)
-    assert _fld(_planted(0.5)) == pytest.approx(plain, rel=1e-6)
+    other = _fld(_planted(0.5))
+    assert list(other.values()) == [pytest.approx(value, rel=1e-6) for value in plain.values()]
     monkeypatch.setattr(module, "_MOST", 100)
     thinned = _fld(_planted(0.5))
     assert thinned["at_bound"] == pytest.approx(0.25, abs=0.1)  # half of the originals are still there
     assert thinned["gap"] > 50
 
 
+def test_mirrored_copies_count_where_mirror_images_trained():
+    """Features without a plane of symmetry: a mirror image is another vector, and copies of it are copies."""
+    mirrored = _features(200, 30, _D)
+    samples = mirrored + 1e-3 * _FRESH
+    blind = feature_likelihood_divergence(samples, _TRAIN, _HOLDOUT)
+    seeing = feature_likelihood_divergence(samples, _TRAIN, _HOLDOUT, mirrored=mirrored)
+    assert abs(blind["gap"]) < 5 and seeing["gap"] > 50 and seeing["at_bound"] > 0.9
+    own = feature_likelihood_divergence(_TRAIN + 1e-3 * _FRESH, _TRAIN, _HOLDOUT, mirrored=mirrored)
+    assert own["gap"] == pytest.approx(seeing["gap"], rel=0.1), "either is half of what trained"
+    assert mifid(3.0, samples, _TRAIN)["value"] == 3.0
+    assert mifid(3.0, samples, _TRAIN, mirrored=mirrored)["value"] > 1e4
+    with pytest.raises(InputError, match="a mirror image of each"):
+        feature_likelihood_divergence(samples, _TRAIN, _HOLDOUT, mirrored=mirrored[:-1])
+
+
+def test_the_control_is_what_held_out_images_reach():
+    """Fresh samples are told from copies by it at any count, where a fixed limit would not do."""
+    for n in (20, 60, 200):
+        fresh = likelihood_control(_FRESH[:n], _TRAIN[:n], _HOLDOUT)
+        planted = np.concatenate([_TRAIN[: n // 2], _FRESH[n // 2 : n]])
+        copies = likelihood_control(planted, _TRAIN[:n], _HOLDOUT)
+        assert fresh["images"] == min(n, 100) == copies["images"]
+        assert abs(fresh["gap"] - fresh["holdout_gap"]) < 12 and copies["gap"] - copies["holdout_gap"] > 20, n
+    whole = _fld(_FRESH[:100])
+    assert likelihood_control(_FRESH[:100], _TRAIN, _HOLDOUT)["gap"] == pytest.approx(whole["gap"])
+    low, high = whole["gap_ci95"]
+    assert low < whole["gap"] < high and high - low < 20
+    assert (
+        likelihood_control(_FRESH, _TRAIN, _HOLDOUT[:3]) is None
+        and likelihood_control(_FRESH[:1], _TRAIN, _HOLDOUT) is None
+    )
+
+
+def test_the_interval_of_the_gap_is_that_of_its_images():
+    """Other training and held-out images of the same kind give another gap: as far as the interval says, about."""
+    gaps, widths = [], []
+    for i in range(12):
+        found = feature_likelihood_divergence(_FRESH, _features(100, 40 + i, _D), _features(100, 80 + i, _D))
+        gaps.append(found["gap"])
+        widths.append((found["gap_ci95"][1] - found["gap_ci95"][0]) / 3.92)
+    assert 0.5 < np.std(gaps, ddof=1) / np.mean(widths) < 2
+
+
 def test_the_smallest_sets():
     found = feature_likelihood_divergence(_FRESH[:1], _TRAIN[:2], _HOLDOUT[:1])
-    assert all(math.isfinite(value) for value in found.values())
+    assert all(np.isfinite(value).all() for value in found.values())
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ def test_keys_are_those_of_the_contract():
         None, [], None, None, None, [],
     ]  # fmt: skip
     assert {"train", "holdout", "samples"} <= set(metrics["counts"])
-    assert {"value", "reference", "train_vs_reference", "dimensions"} == set(metrics["frechet"]["pixel"])
+    assert {"value", "reference", "train_vs_reference", "equal_counts", "dimensions"} == set(
+        metrics["frechet"]["pixel"]
+    )
     assert {"gap_ratio", "nearest_distance"} <= set(metrics["memorization"])
     assert {"threshold", "rate", "ci95", "holdout_rate"} <= set(metrics["memorization"]["gap_ratio"])
     assert {"median", "holdout_median"} <= set(metrics["memorization"]["nearest_distance"])
@@ -183,6 +185,7 @@ def test_every_parameter_reaches_every_figure():
         "rate": copies.mean(),
         "ci95": list(bootstrap_interval(copies, resamples=50, seed=7)),
         "holdout_rate": control.copies(0.97).mean(),
+        "holdout_ci95": list(bootstrap_interval(control.copies(0.97), resamples=50, seed=7)),
     }
     assert m["gap_ratio"]["holdout_rate"] > 0.1
     for other in ({"resamples": 50, "seed": 0}, {"seed": 7}):

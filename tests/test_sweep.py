@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ from test_cli import _handlers, run, spawn, wait_for_lines  # noqa: F401
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import open_source
 from fastambient.errors import FastambientError, InputError
+from fastambient.evaluation.run import evaluate_run
 from fastambient.sweep import BASELINES, SweepRequest, cells, jobs, sweep
 from fastambient.sweep import plot as sweep_plot
 from fastambient.sweep import results as sweep_results
+from fastambient.sweep import run as sweep_run
 from fastambient.sweep.cell import main as cell_main
 from fastambient.sweep.cell import run_cell
 from fastambient.sweep.results import choice, choose, over_seeds, summarize, table
@@ -58,7 +61,10 @@ def test_a_model_that_draws_no_real_image_is_never_chosen():
     assert summarize(rows, target=0.05, within=0.1)["chosen"]["sigma_tn"] == 0
     rows[0]["doubt"] = rows[1]["doubt"] = "Precision is 0.00 (pixels): hardly a sample looks like a real image."
     found = summarize(rows, target=0.05, within=0.1)["chosen"]
-    assert found["sigma_tn"] is None and "sigma_tn 0, 0.2: Precision is 0.00" in found["reason"]
+    assert (
+        found["sigma_tn"] is None
+        and "sigma_tn 0, 0.2 are in doubt, those of 0 because precision is 0.00" in found["reason"]
+    )
     assert found["reason"].endswith("real image; train longer")
     rows[1]["doubt"] = ""
     assert summarize(rows, target=0.05, within=0.1)["chosen"]["sigma_tn"] == 0.2
@@ -76,7 +82,19 @@ def test_the_rule_takes_the_smallest_level_that_copies_little_and_is_as_good():
     assert plain["sigma_tn"] == 0 and "plain EDM does not copy more" in plain["reason"]
     assert "far from" not in plain["reason"] and "far from" not in chosen((0, 0.0, 2.8))["reason"]
     early = chosen((0, 0.0, 25.0), (0.3, 0.0, 26.0))["reason"]
-    assert "far from the training images' own FD of 1.4: longer training may change the choice" in early
+    assert "all have 17.9 times the training images' own FD or more: longer training may change the choice" in early
+
+
+def test_the_training_images_own_distance_is_compared_at_equal_counts():
+    """100 training images lie farther from the held-out ones than 1,000 samples of a good model do, or of a bad one."""
+    equal = {"images": 100, "value": 4.0, "train_vs_reference": 1.4}
+    rows = [row("edm", 0, 0, 0.0, 1.3) | {"train_images": 100, "equal_counts": equal}]
+    summary = summarize(rows, target=0.05, within=0.1)
+    assert "2.86 times" in summary["chosen"]["reason"]
+    assert (
+        "the training images themselves have 1.4, but are 100, and fewer images have a larger distance: of 100 each"
+        " EDM (seed 0) has 4, the training images 1.4" in table(summary)
+    )
 
 
 def test_no_level_is_chosen_where_none_meets_the_rule():
@@ -101,7 +119,9 @@ def test_means_and_intervals_over_seeds():
     assert found["seeds"] == [0, 1, 2] and found["fd"]["interval"] == pytest.approx([1.5, 1.5])
     assert over_seeds([1.0]) == {"mean": 1.0, "interval": None}
     (single,) = summarize(rows[:1], target=0.05, within=0.1)["configurations"]
-    assert single["rate"]["interval"] == [0.0, 0.5], "of the samples"
+    assert single["rate"]["interval"] == [0.0, 0.5] and single["excess"]["interval"] is None, "of the samples"
+    (single,) = summarize([rows[0] | {"excess_ci95": [0.1, 0.3]}], target=0.05, within=0.1)["configurations"]
+    assert single["excess"]["interval"] == [0.1, 0.3]
     (wide,) = summarize([row("edm", 0, s, r, 1.5) for s, r in ((0, 0.0), (1, 0.2))], target=0.05, within=0.1)[
         "configurations"
     ]
@@ -126,7 +146,8 @@ def test_the_table_says_what_it_holds_and_the_curve_is_drawn(tmp_path):
     text = table(summary)
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:8]] == list(sweep_results.KINDS.values())
     assert "Student's 95 %" in text and "Chosen sigma_tn: **none**" in text and "1,000 samples a run" in text
-    assert "no privacy guarantee" in text and "the training images have 1.4" in text
+    assert "no privacy guarantee" in text and "the training images themselves have 1.4" in text
+    assert "The stop rule ended early stop in 0 of 2 runs, ambient, stopped in 0 of 2 runs; a run that it" in text
     sweep_plot.plot_pareto(tmp_path / "pareto", summary)
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     svg = (tmp_path / "pareto.svg").read_text()
@@ -134,7 +155,14 @@ def test_the_table_says_what_it_holds_and_the_curve_is_drawn(tmp_path):
     sweep_plot.plot_pareto(tmp_path / "pareto", summary)
     assert (tmp_path / "pareto.svg").read_text() == first
     assert "<!-- lower left is better; bars: 95 % over seeds; dotted: target -->" in svg
-    assert "<!-- FD-1k vs held-out (pixel) -->" in svg
+    assert "<!-- FD-1k vs held-out (pixel) -->" in svg and "| FD-1k vs held-out |" in text
+    few = [r | {"dimensions": 1280, "references": 1000, "fd_space": "inception"} for r in rows]
+    summary = summarize(few, target=0.05, within=0.1)
+    sweep_plot.plot_pareto(tmp_path / "few", summary)
+    name = "FID-1k vs held-out (fewer samples and reference images than dimensions)"
+    assert (
+        f"| {name} |" in table(summary) and "(fewer samples and reference images" in (tmp_path / "few.svg").read_text()
+    )
     sweep_plot.plot_pareto(tmp_path / "one", summarize(rows[:5], target=0.05, within=0.1))
     assert "<!-- lower left is better; one seed; dotted: target -->" in (tmp_path / "one.svg").read_text()
 
@@ -245,14 +273,15 @@ class Here:
     """A cell in this process instead of one of its own."""
 
     ran: list[str] = []
+    child = SimpleNamespace(poll=lambda: 0)
 
     def __init__(self, request, path, log, place, threads):
         self.path, self.place = path, place
         run_cell(path, request.num, "cpu", request.features)
         Here.ran.append(path.name)
 
-    def done(self):
-        return True
+    def failure(self):
+        return ""
 
     def end(self):
         pass
@@ -408,26 +437,71 @@ def test_somebodys_folder_is_not_swept_in(tmp_path):
         sweep(asked(), tmp_path / "mine")
 
 
-def test_a_cell_that_fails_ends_the_others_and_is_named(tmp_path, monkeypatch):
-    ended = []
+@pytest.mark.slow
+def test_a_cell_that_fails_is_named_and_the_others_are_measured(tmp_path, here, monkeypatch):
+    fails = ["ambient-0.2-seed0"]
 
-    class Job:
-        def __init__(self, request, path, log, place, threads):
-            self.path, self.place = path, place
-            self.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    class Failing(Here):
+        def failure(self):
+            return f"the cell {self.path} failed with exit code 1: diverged" if self.path.name in fails else ""
 
-        def done(self):
-            if "ambient" in self.path.name:
-                raise FastambientError(f"the cell {self.path} failed")
-            return False
+    monkeypatch.setattr(jobs, "_Job", Failing)
+    usual = asked(sigma_tn=(0, 0.2, 0.4), kimg=0.016)
+    with pytest.raises(FastambientError, match=r"1 of 3 cells failed .*again:\n.*ambient-0\.2-seed0 failed.*diverged"):
+        sweep(usual, tmp_path / "sweep")
+    told = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [c["name"] for c in told["cells"]] == ["edm-seed0", "ambient-0.4-seed0"]
+    assert told["failed"] == ["ambient-0.2-seed0"] and (tmp_path / "sweep" / "report.html").is_file()
+    fails.clear()
+    (tmp_path / "sweep" / "ambient-0.2-seed0" / "measured.json").unlink()
+    Here.ran.clear()
+    told = sweep(usual, tmp_path / "sweep")
+    assert Here.ran == ["ambient-0.2-seed0"] and len(told["cells"]) == 3 and told["failed"] == []
+    fails.append("edm-seed0")
+    with pytest.raises(FastambientError, match=r"every cell failed:\nthe cell .*edm-seed0 failed"):
+        sweep(asked(sigma_tn=(0,)), tmp_path / "none")
 
-        def end(self):
-            ended.append((self.path.name, self.child.wait(10)))
 
-    monkeypatch.setattr(jobs, "_Job", Job)
-    with pytest.raises(FastambientError, match=r"the cell .*ambient-0\.2-seed0 failed"):
-        sweep(asked(parallel=2), tmp_path / "sweep")
-    assert sorted(ended) == [("ambient-0.2-seed0", -signal.SIGTERM), ("edm-seed0", -signal.SIGTERM)]
+def test_the_end_of_a_process_says_why(tmp_path):
+    for code, said, told in (
+        (0, "fine", ""),
+        (3, "error: the loss is NaN", "exit code 3: the loss is NaN"),
+        (1, "", "it said nothing"),
+    ):
+        log = tmp_path / f"{code}.log"
+        log.write_text(said)
+        job = jobs._Job.__new__(jobs._Job)
+        job.path, job.log = tmp_path, open(log, encoding="utf-8")  # noqa: SIM115
+        job.child = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+        job.child.wait()
+        assert told in job.failure() and bool(told) == bool(job.failure())
+        job.end()
+
+
+@pytest.mark.slow
+def test_cells_of_another_store_are_refused_and_results_are_the_sweeps_own(tmp_path, here):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8))
+    source = open_source(str(tmp_path / "x.npy"))
+    first, other = (prepare(source, tmp_path / f"store{i}", train=30, holdout=20, split_seed=i).path for i in range(2))
+    out, usual = tmp_path / "sweep", {"kimg": 0.016, "sigma_tn": (0, 0.2)}
+    before = sweep(asked(**usual, data=str(first)), out)
+    with pytest.raises(InputError, match=r"edm-seed0 was trained on another store than .*store1; choose another --out"):
+        sweep(asked(**usual, data=str(other)), out)
+    # what `evaluate` makes of a cell's metrics.json is no cell of the sweep
+    evaluate_run(out / "edm-seed0", samples=out / "ambient-0.2-seed0" / "samples.npz", num=3, features="none")
+    Here.ran.clear()
+    after = sweep(asked(**usual, data=str(first)), out)
+    assert not Here.ran and after["cells"] == before["cells"] and after["cells"][0]["samples"] == 12
+
+
+def test_no_two_cells_share_a_noise_seed_however_a_sweep_grows(tmp_path):
+    request = asked(sigma_tn=(0.1, 0.2), seeds=(0, 1, 2), baselines=BASELINES)
+    seeds = {sweep_run._noise_seed(request, cell, tmp_path) for cell in cells(request)}
+    assert len(seeds) == len(cells(request)) and all(0 <= s < 2**64 for s in seeds)
+    fewer = asked(sigma_tn=(0.2,), seeds=(1,))
+    (cell,) = cells(fewer)
+    assert sweep_run._noise_seed(fewer, cell, tmp_path) in seeds, "a cell's seed depends on its name alone"
+    assert sweep_run._noise_seed(asked(noise_seed=8), cell, tmp_path) not in seeds
 
 
 def test_an_error_of_a_cell_is_one_line(tmp_path, capsys):

@@ -96,7 +96,8 @@ def test_training_does_not_notice_its_audits(tmp_path, monkeypatch, figures):
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
     rows = RunFolder(audited).read_audits()
     assert [row["nimg"] for row in rows] == [40, 80, 120, 160]
-    keys = ["nimg", "kimg", "samples", "copies", "rate", "ci95", "train_rate", "holdout_rate", "fd", "seconds"]
+    keys = ["nimg", "kimg", "samples", "references", "dimensions", "copies", "rate", "ci95", "train_rate", "holdout_rate",
+            "fd", "seconds"]  # fmt: skip
     assert all(list(row) == keys and row["samples"] == 6 for row in rows)
     assert figures == [(1, None), (2, None), (3, None), (4, None)]
     # the row is that of the exported EMA weights

@@ -42,7 +42,7 @@ def denoising_gap(
     holdout_classes: Any = None,
     most: int = 1000,
     on_batch: Callable[[int], None] | None = None,
-) -> list[dict[str, float | None]]:
+) -> list[dict[str, Any]]:
     """Mean squared denoising error |D(x0 + sigma eps; sigma) - x0|^2 per pixel, on training and on held-out images.
 
     Both sides hold equally many images, chosen by chance where there are more, and the i-th of each gets the same
@@ -67,8 +67,9 @@ def denoising_gap(
 
     Returns
     -------
-    A row a level, JSON types: sigma, train, holdout (errors per pixel, in squared units of [-1, 1]) and gap, holdout
-    over train: about 1 without memorization. None where the training error is 0.
+    A row a level, JSON types: sigma, train, holdout (errors per pixel, in squared units of [-1, 1]), gap, holdout over
+    train: about 1 without memorization, and gap_ci95, its 95 % interval over images (normal in the logarithm). gap is
+    None where the training error is 0, gap_ci95 where an error is, or with one image.
 
     Raises
     ------
@@ -108,7 +109,7 @@ def denoising_gap(
     training = isinstance(denoiser, nn.Module) and denoiser.training
     if isinstance(denoiser, nn.Module):
         denoiser.eval()
-    sums = {name: np.zeros(len(levels)) for name in sides}
+    errors = {name: np.zeros((len(levels), count)) for name in sides}
     try:
         with torch.no_grad():
             for start in range(0, count, batch):
@@ -123,19 +124,25 @@ def denoising_gap(
                         for i, level in enumerate(levels):
                             sigma = torch.full((len(x0),), level, device=x0.device)
                             error = denoiser(x0 + level * noise, sigma, *labels).double() - x0
-                            sums[name][i] += float(error.square().flatten(1).mean(1).sum())
+                            errors[name][i, rows] += error.square().flatten(1).mean(1).cpu().numpy() / draws
                             if on_batch is not None:
                                 on_batch(len(x0))
     finally:
         if isinstance(denoiser, nn.Module):
             denoiser.train(training)
-    found = {name: total / (count * draws) for name, total in sums.items()}
-    if not all(np.isfinite(errors).all() for errors in found.values()):
+    if not all(np.isfinite(each).all() for each in errors.values()):
         raise InputError("the denoising errors hold NaN or infinity, expected a trained denoiser; check its weights")
-    return [
-        {"sigma": level, "train": float(t), "holdout": float(h), "gap": float(h / t) if t > 0 else None}
-        for level, t, h in zip(levels, found["train"], found["holdout"], strict=True)
-    ]
+    return [_row(level, t, h) for level, t, h in zip(levels, errors["train"], errors["holdout"], strict=True)]
+
+
+def _row(level: float, train: np.ndarray, holdout: np.ndarray) -> dict[str, Any]:
+    """Of one level, from the errors of its images [N]."""
+    t, h = float(train.mean()), float(holdout.mean())
+    row: dict[str, Any] = {"sigma": level, "train": t, "holdout": h, "gap": h / t if t > 0 else None, "gap_ci95": None}
+    if min(t, h) > 0 and len(train) > 1:
+        deviation = np.sqrt(sum(x.var(ddof=1) / len(x) / x.mean() ** 2 for x in (train, holdout)))
+        row["gap_ci95"] = [float(h / t * np.exp(side * 1.96 * deviation)) for side in (-1, 1)]
+    return row
 
 
 def _one_hot(labels: Any, images: int, classes: int, name: str) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastambient.console import progress
+from fastambient.errors import InputError
 from fastambient.evaluation.memorization import bootstrap_interval, excess_interval
 from fastambient.evaluation.similarity import LEVELS, Similar, most_similar
 
@@ -29,8 +30,8 @@ def embedded_metrics(
     bootstrap: int,
     seed: int,
 ) -> tuple[dict[str, Any], Similar, Similar | None]:
-    """The sections similarity, quality, mifid, fld and frechet (by embedder) of metrics.json, the samples' most similar
-    training images and, where there is a held-out set, those among the control's.
+    """The sections similarity, quality, mifid, fld, frechet (by embedder) and notes of metrics.json, the samples' most
+    similar training images and, where there is a held-out set, those among the control's.
 
     Parameters
     ----------
@@ -40,6 +41,7 @@ def embedded_metrics(
     some: int64, positions of as many training images, or None where those are all.
     """
     from fastambient.evaluation.features import features
+    from fastambient.evaluation.likelihood import cosine_distance
 
     searched = None if holdout is None else holdout[chosen]
     sets = [samples, train, *([] if holdout is None else [holdout])]
@@ -65,12 +67,21 @@ def embedded_metrics(
                 mirrors_of_some = None if y_mirrored is None else y_mirrored[some]
                 equal = most_similar(x, y[some], mirrors_of_some, on_block=advance)
     told: dict[str, Any] = {
-        "similarity": _similarity(found, control, equal, count, embedder, bootstrap=bootstrap, seed=seed),
-        "quality": [], "mifid": None, "fld": None, "frechet": {},
+        "similarity": _similarity(
+            found, control, equal, count, embedder, x.shape[1], bootstrap=bootstrap, seed=seed
+        ),
+        "quality": [], "mifid": None, "fld": None, "frechet": {}, "notes": [],
     }  # fmt: skip
     if holdout is not None and z is not None:
         with progress(f"quality ({embedder.label})", 4, "figures") as advance:
-            told |= _against(x, y, z, embedder, seed, advance)
+            told |= _against(x, y, z, y_mirrored, embedder, seed, advance)
+        if told["mifid"] is not None:  # at equal counts: the nearest of more images is the nearer one
+            rows = slice(None) if some is None else some
+            told["mifid"]["control"] = {
+                "images": count,
+                "distance": cosine_distance(x, *(a[rows] for a in (y, y_mirrored) if a is not None)),
+                "holdout_distance": cosine_distance(x, *(a for a in (z[chosen], z_mirrored) if a is not None)),
+            }
     if control is not None:
         assert chosen is not None
         control = Similar(chosen[control.index], control.cosine, control.mirrored)
@@ -83,6 +94,7 @@ def _similarity(
     equal: Similar,
     count: int,
     embedder: Embedder,
+    dimensions: int,
     *,
     bootstrap: int,
     seed: int,
@@ -106,7 +118,7 @@ def _similarity(
         **{f"train_above_{level}": None if control is None else _share(equal, level) for level in LEVELS},
     }
     return told | {
-        "preprocess": embedder.preprocess, "identity": embedder.identity, "dimensions": embedder.dimensions
+        "preprocess": embedder.preprocess, "identity": embedder.identity, "dimensions": dimensions
     }  # fmt: skip
 
 
@@ -114,28 +126,38 @@ def _against(
     samples: np.ndarray,
     train: np.ndarray,
     holdout: np.ndarray,
+    mirrored: np.ndarray | None,
     embedder: Embedder,
     seed: int,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """What needs held-out features."""
-    from fastambient.evaluation.likelihood import feature_likelihood_divergence, mifid
-    from fastambient.evaluation.quality import distance_of_features, quality
+    """What needs held-out features. `mirrored`: of the training images' mirror images, or None."""
+    from fastambient.evaluation.likelihood import feature_likelihood_divergence, likelihood_control, mifid
+    from fastambient.evaluation.quality import own_distances, quality
 
     told = quality(samples, holdout, embedder=embedder.name, seed=seed, device=embedder.device)
     advance(1)
     frechet = {
         "value": told["fd"],
         "reference": f"holdout ({len(holdout)} images)",
-        "train_vs_reference": distance_of_features(train, holdout),
+        **own_distances(samples, train, holdout, seed=seed, device=embedder.device),
         "dimensions": samples.shape[1],
     }
     advance(1)
-    informed = {"embedder": embedder.name, **mifid(told["fd"], samples, train)}
+    informed = {"embedder": embedder.name, **mifid(told["fd"], samples, train, mirrored=mirrored)}
     advance(1)
-    likelihood = {"embedder": embedder.name, **feature_likelihood_divergence(samples, train, holdout, seed=seed)}
+    fit: dict[str, Any] = {"mirrored": mirrored, "seed": seed}
+    notes = []
+    likelihood: dict[str, Any] | None = None
+    try:
+        likelihood = {"embedder": embedder.name, **feature_likelihood_divergence(samples, train, holdout, **fit)}
+        likelihood["control"] = likelihood_control(samples, train, holdout, **fit)
+    except InputError as error:  # features that tell no training images apart: all else stands
+        notes.append(f"FLD ({embedder.name}) could not be measured: {error}")
     advance(1)
-    return {"quality": [told], "frechet": {embedder.name: frechet}, "mifid": informed, "fld": likelihood}
+    return {
+        "quality": [told], "frechet": {embedder.name: frechet}, "mifid": informed, "fld": likelihood, "notes": notes
+    }  # fmt: skip
 
 
 def _mirrored(images: np.ndarray) -> np.ndarray:

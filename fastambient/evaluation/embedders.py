@@ -47,7 +47,7 @@ LABELS = {
 class Embedder:
     """A function from pictures to features that knows its name and how to tell its features from others'.
 
-    name : as asked for; of PATH.pt the file's name without its suffix
+    name : as asked for; of PATH.pt the file's name
     label : for figures and pages
     preprocess : what happens to a picture before the network, in words
     dimensions : D; of pixel and PATH.pt 0 until the first call, because it depends on the pictures
@@ -108,10 +108,10 @@ class Embedder:
         with torch.no_grad():
             parts = [self._function(part) for part in images.split(self._at_once or len(images))]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if x.ndim != 2 or len(x) != len(images) or not x.is_floating_point():
+        if x.ndim != 2 or len(x) != len(images) or x.shape[1] == 0 or not x.is_floating_point():
             raise InputError(
                 f"{self.name} gives {x.dtype} {list(x.shape)} for {len(images)} pictures of {list(images.shape[1:])},"
-                f" expected floats [{len(images)}, D]"
+                f" expected floats [{len(images)}, D] with D from 1 on"
             )
         if not bool(torch.isfinite(x).all()):
             raise InputError(f"{self.name} gives NaN or infinity; its weights are damaged, get them again")
@@ -153,7 +153,7 @@ def load_embedder(
 
     if preprocess not in ("standard", "paper"):
         raise InputError(f"preprocess is {preprocess!r}, expected standard or paper")
-    if preprocess == "paper" and not name.startswith("dinov2-"):
+    if preprocess == "paper" and name not in networks.DINOV2:
         raise InputError(f"--preprocess paper is DINOv2's, and {name} has its own; leave it out")
     place = _device(device)
     if name == "pixel":
@@ -179,7 +179,7 @@ def load_embedder(
         raise InputError(f"--weights {weights}: {path} holds its own weights; leave it out")
     module, digest = script_bytes(path, place)
     return Embedder(
-        path.stem, lambda x: networks.call_module(module, path, x.to(torch.float32) / 255), label=path.stem,
+        path.name, lambda x: networks.call_module(module, path, x.to(torch.float32) / 255), label=path.name,
         preprocess="native size, [0, 1]", weights=f"torchscript-1 {digest}", device=place,
     )  # fmt: skip
 

@@ -2,8 +2,9 @@
 
 The cache
 ---------
-A file's name is the SHA-256 of the pictures' bytes, shape and dtype and of the embedder's identity (kind, weights and
-preprocessing), so features of other pictures, weights or preprocessing have another name: there is no stale file. Each
+A file's name is the SHA-256 of the pictures' bytes, shape and dtype, of the embedder's identity (kind, weights and
+preprocessing) and of the versions of the packages that make features, so those of other pictures, weights or
+preprocessing have another name: there is no stale file. Each
 holds its own checksum, and one that does not fit is computed anew and replaced. Files are written whole or not at all,
 so any number of processes may share the folder, and it may be deleted at any time, while it is used as well. Above
 `LIMIT` bytes the files that were used longest ago are removed.
@@ -16,6 +17,8 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from fastambient.pictures import as_pictures
 LIMIT = 4 * 2**30  # bytes in the cache; the newest file stays in any case
 _VERSION = "1"
 _ROWS = 1024  # pictures hashed at a time
+_MADE_BY = ("torch", "timm", "torch-fidelity", "efficientnet-lite-pytorch")  # another version may resize otherwise
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
@@ -84,6 +88,11 @@ def features(
             x = embedder(torch.from_numpy(part if part.flags.writeable else part.copy())).cpu().numpy()
         if result is None:
             result = np.empty((len(images), x.shape[1]), np.float32)
+        if x.shape[1] != result.shape[1]:
+            raise InputError(
+                f"{embedder.name} gives {x.shape[1]} numbers for picture {start} and {result.shape[1]} for the first,"
+                " expected as many for each"
+            )
         result[start : start + len(part)] = x
         if on_batch is not None:
             on_batch(len(part))
@@ -94,11 +103,23 @@ def features(
 
 
 def cache_key(images: np.ndarray, embedder: Embedder) -> str:
-    """Hex SHA-256 of what the features depend on: pixels, shape, dtype, embedder, and this file's version."""
-    digest = hashlib.sha256(f"{_VERSION}\n{embedder.identity}\n{images.dtype} {list(images.shape)}\n".encode())
+    """Hex SHA-256 of what the features depend on: pixels, shape, dtype, embedder, the versions of the packages that
+    make them, and this file's."""
+    digest = hashlib.sha256(
+        f"{_VERSION} {_packages()}\n{embedder.identity}\n{images.dtype} {list(images.shape)}\n".encode()
+    )
     for start in range(0, len(images), _ROWS):
         digest.update(np.ascontiguousarray(images[start : start + _ROWS]).data)
     return digest.hexdigest()
+
+
+@cache
+def _packages() -> str:
+    found = []
+    for name in _MADE_BY:
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def _read(file: Path, count: int) -> np.ndarray | None:

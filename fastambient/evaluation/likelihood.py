@@ -32,6 +32,7 @@ Competition", KDD 2021, arXiv 2106.03062)
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,27 +46,39 @@ VARIANCE_BOUND = 1e-4
 MIFID_THRESHOLD = 0.1  # tau of the competition, for Inception's features
 _MIFID_EPSILON = 1e-6  # below it a cosine distance of float32 features is rounding
 _MOST = 10_000  # vectors of a set
+_CONTROL = 1000  # and of the control's, which is one more fit
 _BASE_SHRINK = 0.9
 _STEPS, _TOLERANCE = 100, 1e-6  # of expectation maximization; nats a dimension
 _ROWS, _COLUMNS = 512, 8192  # of a block of distances
 
 
 def feature_likelihood_divergence(
-    samples: np.ndarray, train: np.ndarray, holdout: np.ndarray, *, seed: int = 0
-) -> dict[str, float]:
+    samples: np.ndarray,
+    train: np.ndarray,
+    holdout: np.ndarray,
+    *,
+    mirrored: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """FLD of the training and the held-out images under a density fitted around the samples, and the gap.
 
     Parameters
     ----------
     samples, train, holdout: features [N, D], [M, D], [K, D] of one embedder; N, K >= 1, M >= 2. Dimensions that do not
         vary in the training set are left out. Of more than 10,000 that many are taken by chance.
+    mirrored: features [M, D] of the training images' mirror images, where those trained as well: FLD of the training
+        set is then that of both.
     seed: of those choices and of the halves of C.
 
     Returns
     -------
-    train, holdout: FLD, lower is better; gap: holdout - train, about 0 without copying (a little above: the variances
-    are fitted to the training images); baseline: C; at_bound: share of the samples whose variance ends at
+    train, holdout: FLD, lower is better; gap: holdout - train; gap_ci95: its 95 % interval over training and held-out
+    images, the samples and their fit held; baseline: C; at_bound: share of the samples whose variance ends at
     `VARIANCE_BOUND`, which is a copy to a hundredth of a deviation. All are finite.
+
+    Without copying the gap is above 0, because the variances are fitted to the training images, and the more so the
+    fewer samples and images there are: read it beside the same of held-out images in the samples' place
+    (`likelihood_control`).
 
     Raises
     ------
@@ -73,6 +86,8 @@ def feature_likelihood_divergence(
         Other shapes, too few vectors, NaN or infinity, or training features that do not vary at all.
     """
     arrays = {"samples": np.asarray(samples), "training": np.asarray(train), "held-out": np.asarray(holdout)}
+    if mirrored is not None:
+        arrays["mirrored training"] = np.asarray(mirrored)
     shapes = ", ".join(f"{list(x.shape)} {name}" for name, x in arrays.items())
     if any(x.ndim != 2 for x in arrays.values()) or len({x.shape[-1] for x in arrays.values()}) != 1:
         raise InputError(f"FLD of features {shapes}, expected [N, D] each; embed all sets with one embedder")
@@ -80,9 +95,15 @@ def feature_likelihood_divergence(
         raise InputError(f"FLD of features {shapes}, expected at least 1 sample, 2 training and 1 held-out image")
     if not all(np.isfinite(x).all() for x in arrays.values()):
         raise InputError("FLD of features that hold NaN or infinity, expected finite numbers; check the embedder")
+    if mirrored is not None and len(mirrored) != len(train):
+        raise InputError(f"FLD of features {shapes}, expected a mirror image of each training image")
 
     generator = np.random.default_rng(seed)
-    g, x, y = (_at_most(a, generator) for a in arrays.values())
+    chosen = [_at_most(len(arrays[name]), generator) for name in ("samples", "training", "held-out")]
+    images = len(chosen[1])
+    g, x, y = (arrays[name][rows].astype(np.float64) for name, rows in zip(arrays, chosen, strict=False))
+    if mirrored is not None:  # an image and its mirror image are `images` rows apart
+        x = np.concatenate([x, arrays["mirrored training"][chosen[1]]])
     mean, deviation = x.mean(0), x.std(0)
     # A constant column's deviation is its mean's rounding, if anything.
     varies = deviation > 1e-12 * np.abs(mean)
@@ -91,24 +112,55 @@ def feature_likelihood_divergence(
     g, x, y = ((a[:, varies] - mean[varies]) / deviation[varies] for a in (g, x, y))
     d = x.shape[1]
 
-    order = generator.permutation(len(x))
-    half, other = x[order[: len(x) // 2]], x[order[len(x) // 2 :]]
-    baseline = -100 / d * _log_likelihood(y, half, _fit(half, other))
+    order = generator.permutation(images)
+    half, other = (
+        x.reshape(-1, images, d)[:, part].reshape(-1, d) for part in (order[: images // 2], order[images // 2 :])
+    )
+    baseline = float(-100 / d * _log_likelihood(y, half, _fit(half, other)).mean())
     variances = _fit(g, x)
-    on_train, on_holdout = (-100 / d * _log_likelihood(a, g, variances) - baseline for a in (x, y))
+    on_train = -100 / d * _log_likelihood(x, g, variances).reshape(-1, images).mean(0) - baseline  # of each image
+    on_holdout = -100 / d * _log_likelihood(y, g, variances) - baseline
+    gap = float(on_holdout.mean() - on_train.mean())
+    half_width = 1.96 * math.sqrt(sum(a.var() / max(len(a) - 1, 1) for a in (on_train, on_holdout)))
     return {
-        "train": on_train,
-        "holdout": on_holdout,
-        "gap": on_holdout - on_train,
+        "train": float(on_train.mean()),
+        "holdout": float(on_holdout.mean()),
+        "gap": gap,
+        "gap_ci95": [gap - half_width, gap + half_width],
         "baseline": baseline,
         "at_bound": float((variances <= VARIANCE_BOUND).double().mean()),
     }
 
 
-def _at_most(x: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    if len(x) > _MOST:
-        x = x[np.sort(generator.choice(len(x), _MOST, replace=False))]
-    return x.astype(np.float64)
+def likelihood_control(
+    samples: np.ndarray,
+    train: np.ndarray,
+    holdout: np.ndarray,
+    *,
+    mirrored: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """What FLD's gap is without copying: that of held-out images in the samples' place, against the other ones.
+
+    Returns
+    -------
+    images: k, at most half of the held-out images and at most 1,000; gap: FLD's gap of k of the samples;
+    holdout_gap: of k held-out images. None where fewer than four are held out, or there are fewer than two samples.
+    """
+    k = min(len(samples), len(holdout) // 2, _CONTROL)
+    if k < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(holdout))
+    some = np.sort(generator.choice(len(samples), k, replace=False))
+    sides = (samples[some], holdout), (holdout[order[:k]], holdout[order[k:]])
+    gap, chance = (feature_likelihood_divergence(a, train, b, mirrored=mirrored, seed=seed)["gap"] for a, b in sides)
+    return {"images": k, "gap": gap, "holdout_gap": chance}
+
+
+def _at_most(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Positions of all, or of 10,000 by chance."""
+    return np.sort(generator.choice(count, _MOST, replace=False)) if count > _MOST else np.arange(count)
 
 
 def _fit(centres: np.ndarray, x: np.ndarray) -> Tensor:
@@ -146,13 +198,13 @@ def _fit(centres: np.ndarray, x: np.ndarray) -> Tensor:
     return v
 
 
-def _log_likelihood(x: np.ndarray, centres: np.ndarray, v: Tensor) -> float:
-    """Mean of log p(x)."""
-    total = 0.0
+def _log_likelihood(x: np.ndarray, centres: np.ndarray, v: Tensor) -> np.ndarray:
+    """log p(x) of each, float64 [n]."""
+    found = []
     for block in np.array_split(x, max(1, len(x) // _ROWS)):
         log = _log_normal(_squared_distances(block, centres).double(), v, x.shape[1]) - math.log(len(v))
-        total += float(torch.logsumexp(log, 1).sum())
-    return total / len(x)
+        found.append(torch.logsumexp(log, 1).numpy())
+    return np.concatenate(found)
 
 
 def _log_normal(squared: Tensor, v: Tensor, d: int) -> Tensor:
@@ -169,7 +221,14 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> Tensor:
     return out
 
 
-def mifid(fd: float, samples: np.ndarray, train: np.ndarray, *, threshold: float = MIFID_THRESHOLD) -> dict[str, float]:
+def mifid(
+    fd: float,
+    samples: np.ndarray,
+    train: np.ndarray,
+    *,
+    mirrored: np.ndarray | None = None,
+    threshold: float = MIFID_THRESHOLD,
+) -> dict[str, float]:
     """Memorization-informed Frechet distance: `fd`, over the mean cosine distance to the training set where that is
     suspiciously small.
 
@@ -181,6 +240,7 @@ def mifid(fd: float, samples: np.ndarray, train: np.ndarray, *, threshold: float
     ----------
     fd: Frechet distance of the samples, of the same embedder.
     samples, train: features [N, D] and [M, D], N and M >= 1. A vector of zeros is at distance 1 of all.
+    mirrored: features [M, D] of the training images' mirror images, where those trained as well.
 
     Returns
     -------
@@ -199,11 +259,23 @@ def mifid(fd: float, samples: np.ndarray, train: np.ndarray, *, threshold: float
         )
     if not (np.isfinite(samples).all() and np.isfinite(train).all() and math.isfinite(fd) and fd >= 0):
         raise InputError(f"MiFID of a Frechet distance {fd}, expected a number from 0 on and features without NaN")
-    a, b = (torch.nn.functional.normalize(torch.from_numpy(x.astype(np.float64)), dim=1) for x in (samples, train))
-    nearest = torch.zeros(len(a), dtype=torch.float64)
-    for p, best in zip(a.split(_ROWS), nearest.split(_ROWS), strict=True):
-        for q in b.split(_COLUMNS):
-            torch.maximum(best, (p @ q.T).abs().amax(1), out=best)
-    distance = float((1 - nearest).clamp(min=0).mean())
+    distance = cosine_distance(samples, *(x for x in (train, mirrored) if x is not None))
     value = fd / (distance + _MIFID_EPSILON) if distance < threshold else fd
     return {"value": value, "distance": distance, "threshold": threshold}
+
+
+def cosine_distance(samples: np.ndarray, *sets: np.ndarray) -> float:
+    """Mean over the samples [N, D] of the smallest 1 - |cos| to any vector of the sets [M, D], in float64 by blocks."""
+    nearest = np.zeros(len(samples))
+    for start in range(0, len(samples), _ROWS):
+        a = _unit(samples[start : start + _ROWS])
+        best = torch.zeros(len(a), dtype=torch.float64)
+        for images in sets:
+            for first in range(0, len(images), _COLUMNS):
+                torch.maximum(best, (a @ _unit(images[first : first + _COLUMNS]).T).abs().amax(1), out=best)
+        nearest[start : start + len(a)] = best.numpy()
+    return float(np.clip(1 - nearest, 0, None).mean())
+
+
+def _unit(x: np.ndarray) -> Tensor:
+    return torch.nn.functional.normalize(torch.from_numpy(np.asarray(x, np.float64)), dim=1)

@@ -121,7 +121,7 @@ def evaluate(
             "train_distinct": len(train_distinct),
             "holdout_distinct": len(holdout_distinct),
         },
-        "frechet": {"pixel": {"reference": reference} | _pixel_distances(samples, train, holdout)},
+        "frechet": {"pixel": {"reference": reference} | _pixel_distances(samples, train, holdout, seed)},
         "memorization": (copying := _copying(*near, count, threshold, train_names, bootstrap=bootstrap, seed=seed)),
         "copies_per_train_image": copying["copies_per_train_image"],
         "similarity": None, "quality": [], "mifid": None, "fld": None,
@@ -137,7 +137,9 @@ def evaluate(
             samples, train, holdout, embedder=embedder, cache=cache, chosen=chosen, some=some, flips=flips,
             bootstrap=bootstrap, seed=seed,
         )  # fmt: skip
-        metrics |= told | {"frechet": told["frechet"] | metrics["frechet"]}
+        metrics |= told | {
+            n: told[n] | metrics[n] if n == "frechet" else metrics[n] + told[n] for n in ("frechet", "notes")
+        }
         scores.append(_similarity(found, control, embedder.label))
     return Evaluation(to_json(metrics), samples, train, holdout, tuple(scores), sample_names, train_names)
 
@@ -187,6 +189,9 @@ def _copying(
             "rate": float(copies.mean()),
             "ci95": list(bootstrap_interval(copies, resamples=bootstrap, seed=seed)),
             "holdout_rate": None if control is None else float(control.copies(threshold).mean()),
+            "holdout_ci95": None
+            if control is None
+            else list(bootstrap_interval(control.copies(threshold), resamples=bootstrap, seed=seed)),
         },
         "nearest_distance": {
             "median": float(np.median(neighbours.distance[:, 0])),
@@ -213,17 +218,20 @@ def _copying(
     }
 
 
-def _pixel_distances(samples: np.ndarray, train: np.ndarray, holdout: np.ndarray | None) -> dict[str, Any]:
-    told: dict[str, Any] = {"value": None, "train_vs_reference": None, "dimensions": math.prod(samples.shape[1:])}
+def _pixel_distances(samples: np.ndarray, train: np.ndarray, holdout: np.ndarray | None, seed: int) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "value": None, "train_vs_reference": None, "equal_counts": None, "dimensions": math.prod(samples.shape[1:])
+    }  # fmt: skip
     if holdout is None:
         return told
-    from fastambient.evaluation.quality import distance_of_features
+    from fastambient.evaluation.quality import distance_of_features, own_distances
 
-    reference = _pixels(holdout)
+    x, y, reference = map(_pixels, (samples, train, holdout))
     with progress("Frechet distance", 2, "sets") as advance:
-        for name, images in (("value", samples), ("train_vs_reference", train)):
-            told[name] = distance_of_features(_pixels(images), reference)
-            advance(1)
+        told["value"] = distance_of_features(x, reference)
+        advance(1)
+        told |= own_distances(x, y, reference, seed=seed)
+        advance(1)
     return told
 
 

@@ -18,6 +18,7 @@ the set: k = 3 for precision and recall, 5 for density and coverage, as in the p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,8 @@ def quality(
     """All figures of the samples against the reference set.
 
     FD is the exact one of `frechet_distance` while float64 copies of the features are small beside what is held anyway
-    (up to 2^26 numbers, 32,768 vectors of 2,048), and that of streamed `Moments` above, which hold two covariances. KID
+    (up to 2^26 numbers, 32,768 vectors of 2,048), and that of streamed `Moments` above, which hold two covariances, and
+    on a GPU. KID
     is the mean over torch-fidelity's 100 subsets of 1,000 and ``kid_std`` their standard deviation; a set of fewer is
     taken whole each time, so that the deviation is the other set's alone (0 where both are whole). Precision and recall
     are torch-fidelity's, too; without that package they and KID are None, and a note says so.
@@ -87,7 +89,7 @@ def quality(
     if min(n, m) < 2:
         notes.append(f"FD: needs at least 2 images of each, here {n} samples and {m} {reference_name} images")
     else:
-        values["fd"] = distance_of_features(samples, reference)
+        values["fd"] = distance_of_features(samples, reference, device=device)
     values |= _fidelity(samples, reference, reference_name, seed, device, notes)
     values |= _density_coverage(samples, reference, reference_name, device, notes)
 
@@ -131,6 +133,19 @@ def figure_name(
     return f"{metric}-{_count(samples)} vs {reference}{note}"
 
 
+def distance_name(rows: Sequence[dict[str, Any]], embedder: str) -> str:
+    """`figure_name` of the Frechet distances of rows (samples; dimensions and references where they are known) in the
+    features of an embedder; more than one name where they differ."""
+    metric = "FID" if embedder == "inception" else "FD"
+    names = (
+        figure_name(
+            metric, row["samples"], "held-out", dimensions=row.get("dimensions") or 0, references=row.get("references")
+        )
+        for row in rows
+    )
+    return " | ".join(dict.fromkeys(names))
+
+
 def _count(n: int) -> str:
     if n < 1000:
         return str(n)
@@ -139,11 +154,36 @@ def _count(n: int) -> str:
     return f"{number:.1f}".removesuffix(".0") + letter
 
 
-def distance_of_features(samples: np.ndarray, reference: np.ndarray) -> float:
-    """Frechet distance of [N, D] and [M, D], N and M >= 2, by the cheaper way at their sizes."""
-    if samples.size + reference.size <= _HELD or min(len(samples), len(reference)) <= samples.shape[1]:
+def own_distances(
+    samples: np.ndarray, train: np.ndarray, holdout: np.ndarray, *, seed: int, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The training images' own distance to the held-out ones, for comparison; features [N, D], 2 or more of each.
+
+    Returns
+    -------
+    train_vs_reference: of all training images. equal_counts: a distance falls as a set grows, so beside it both at as
+    many images, which those of the larger set are chosen by `seed`: {"images", "value", "train_vs_reference"}.
+    """
+    count, generator = min(len(samples), len(train)), np.random.default_rng(seed)
+    own = distance_of_features(train, holdout, device=device)
+    some = [
+        a if len(a) == count else a[np.sort(generator.choice(len(a), count, replace=False))] for a in (samples, train)
+    ]
+    value = distance_of_features(some[0], holdout, device=device)
+    equal = own if some[1] is train else distance_of_features(some[1], holdout, device=device)
+    return {
+        "train_vs_reference": own,
+        "equal_counts": {"images": count, "value": value, "train_vs_reference": equal},
+    }
+
+
+def distance_of_features(samples: np.ndarray, reference: np.ndarray, *, device: torch.device | str = "cpu") -> float:
+    """Frechet distance of [N, D] and [M, D], N and M >= 2, by the cheaper way at their sizes; covariances of many
+    vectors are made and rooted on `device`."""
+    few = min(len(samples), len(reference)) <= samples.shape[1]
+    if few or (samples.size + reference.size <= _HELD and torch.device(device).type == "cpu"):
         return frechet_distance(samples, reference)
-    a, b = Moments(), Moments()
+    a, b = Moments(device=device), Moments(device=device)
     a.add(samples)
     b.add(reference)
     return frechet_of_moments(a, b)
@@ -215,8 +255,14 @@ def _density_coverage(
 
 
 def _centred(samples: np.ndarray, reference: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Both less the reference's mean, in float64: |x|^2 + |y|^2 - 2 x.y of vectors far from 0 would lose the distance
-    of near ones."""
+    """Both less the reference's mean: |x|^2 + |y|^2 - 2 x.y of vectors far from 0 would lose the distance of near ones.
+    float64, or of many vectors float32, which takes no more memory than they do."""
     mean = reference.mean(0, dtype=np.float64)
-    a, b = (torch.from_numpy(np.subtract(x, mean, dtype=np.float64)).to(device) for x in (samples, reference))
-    return a, b
+    dtype = np.float64 if samples.size + reference.size <= _HELD else np.float32
+    sides = []
+    for x in (samples, reference):
+        centred = np.empty(x.shape, dtype)
+        for start in range(0, len(x), _ROWS):
+            centred[start : start + _ROWS] = x[start : start + _ROWS] - mean
+        sides.append(torch.from_numpy(centred).to(device))
+    return sides[0], sides[1]

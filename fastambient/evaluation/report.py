@@ -19,6 +19,7 @@ from fastambient.evaluation import report_figures as figures
 from fastambient.evaluation import report_plots as plots
 from fastambient.evaluation.frechet import bias_note
 from fastambient.evaluation.metrics import Evaluation
+from fastambient.evaluation.quality import distance_name
 from fastambient.evaluation.report_gallery import gallery_data, is_copy, most_copied, nearest_pairs, reduced
 from fastambient.files import write_bytes
 from fastambient.pictures import grid, png_bytes
@@ -122,7 +123,7 @@ def write_report(path: Path, runs: Sequence[RunReport], *, title: str, sweep: Sw
                 for j, text in enumerate(s.files)],
         settings=_settings([m.get("settings") or {} for m in metrics]),
     )  # fmt: skip
-    write_bytes(Path(path), html.encode())
+    write_bytes(Path(path), html.encode(errors="replace"))  # a path may hold bytes that are no UTF-8
 
 
 def fd_note(metrics: dict[str, Any]) -> str:
@@ -159,20 +160,29 @@ def _timeline(runs: Sequence[RunReport]) -> dict[str, Markup | None]:
     rate, control, fd = (
         [plots.points(run.timeline, "kimg", y) for run in runs] for y in ("rate", "holdout_rate", "fd")
     )
+    measured = [row for run in runs for row in run.timeline if plots.finite(row.get("fd"))]
     return {
         "rate": plots.curves(rate, kimg, "copies (%)", marks=True, bands=bands, dotted=control, percent=True),
-        "fd": plots.curves(fd, kimg, "Frechet distance", marks=True),
+        "fd": plots.curves(fd, kimg, distance_name(measured, "pixel"), marks=True),
     }
 
 
 def _training(runs: Sequence[RunReport]) -> dict[str, Markup | None]:
     sigma = "noise level sigma"
     per_sigma = [plots.points(run.per_sigma, "sigma", "loss") for run in runs]
-    gaps = [plots.points(run.metrics.get("denoising_gap") or (), "sigma", "gap") for run in runs]
+    levels = [run.metrics.get("denoising_gap") or () for run in runs]
+    gaps = [plots.points(rows, "sigma", "gap") for rows in levels]
+    known = [[row for row in rows if row.get("gap_ci95")] for rows in levels]
+    bands = [
+        ([r["sigma"] for r in rows], [r["gap_ci95"][0] for r in rows], [r["gap_ci95"][1] for r in rows])
+        for rows in known
+    ]
     return {
         "loss": plots.curves([plots.binned(run.stats) for run in runs], "images seen (kimg)", "loss", log_y=True),
         "sigma": plots.curves(per_sigma, sigma, "loss", log_x=True, log_y=True, marks=True),
-        "gap": plots.curves(gaps, sigma, "held-out error / training error", log_x=True, marks=True, level=1.0),
+        "gap": plots.curves(
+            gaps, sigma, "held-out error / training error", log_x=True, marks=True, level=1.0, bands=bands
+        ),
     }
 
 

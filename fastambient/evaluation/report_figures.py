@@ -143,6 +143,7 @@ def _copying(metrics: dict[str, Any]) -> list[Figure]:
     gap, control = m["gap_ratio"], m.get("control") or {}
     images = control.get("images")
     beside = f"among {images:,} images" if images else "no held-out images"
+    ends = gap.get("holdout_ci95")
     space = f"pixels, ratio below {number(gap['threshold'])}"
     rows = [
         Figure(
@@ -153,7 +154,7 @@ def _copying(metrics: dict[str, Any]) -> list[Figure]:
         Figure(
             COPYING, "Copy rate, held-out control", space,
             "The same among images that never trained. What stands here is chance, not copying.",
-            _share(gap.get("holdout_rate")), beside,
+            _share(gap.get("holdout_rate")), f"{interval(ends)}, {beside}" if ends else beside,
         ),
     ]  # fmt: skip
     if images and images < counts.get("train_distinct", images) and control.get("train_rate") is not None:
@@ -241,23 +242,34 @@ def _likeness(metrics: dict[str, Any]) -> list[Figure]:
     rows = []
     if "mifid" in metrics:
         m = metrics["mifid"] or {}
-        distance = m.get("distance")
+        distance, equal, fresh = m.get("distance"), at(m, "control/distance"), at(m, "control/holdout_distance")
+        held = "" if fresh is None else f", to held-out {number(fresh)}"
+        if equal is not None and equal != distance:
+            held = f"; at equal counts {number(equal)}{held}"
         rows.append(
             Figure(
                 COPYING, "MiFID", _space(m.get("embedder", "")),
-                "Frechet distance, made larger where samples lie too near to training images.",
-                _number(m.get("value")), "" if distance is None else f"mean cosine distance {number(distance)}",
+                "Frechet distance, divided by the mean cosine distance to the nearest training image where that is"
+                f" below {number(m.get('threshold', 0.1))}.",
+                _number(m.get("value")), "" if distance is None else f"mean cosine distance {number(distance)}{held}",
                 "lower",
             )
         )  # fmt: skip
     if "fld" in metrics:
         f = metrics["fld"] or {}
-        sides = [f.get("holdout"), f.get("train")]
+        told, chance, sides = [], f.get("control"), f.get("gap_ci95")
+        if sides:
+            told.append(" to ".join(map(number, sides)))
+        if chance and chance["images"] < metrics["counts"]["samples"]:
+            told.append(f"of {chance['images']:,} samples {number(chance['gap'])}")
+        if chance:
+            told.append(f"of {chance['images']:,} held-out images {number(chance['holdout_gap'])}")
         rows.append(
             Figure(
                 COPYING, "FLD gap", _space(f.get("embedder", "")),
-                "How much better the samples explain training than held-out images. Near 0 without copying.",
-                _number(f.get("gap")), "" if None in sides else " less ".join(map(_number, sides)), "lower",
+                "How much better the samples explain training than held-out images. Of few pictures it is above 0"
+                " without copying: beside it what held-out images reach in their place.",
+                _number(f.get("gap")), ", ".join(told), "lower",
             )
         )  # fmt: skip
     return rows
@@ -284,17 +296,28 @@ def _quality(metrics: dict[str, Any]) -> list[Figure]:
             continue
         if not f or f.get("value") is None:  # no held-out set: a note says so
             continue
-        own, held = f.get("train_vs_reference"), counts["holdout"]
+        held = counts["holdout"]
         name = figure_name("FD", counts["samples"], "held-out", dimensions=f["dimensions"], references=held)
         rows.append(
             Figure(
                 QUALITY, name, _space(space),
-                "Frechet distance to all held-out images. Beside it what the training images themselves reach: copies"
-                " reach it, too.",
-                _number(f["value"]), "" if own is None else f"training set {number(own)}", "lower",
+                "Frechet distance to all held-out images. Beside it what the training images themselves reach, at equal"
+                " counts, since few images lie farther: copies reach it, too.",
+                _number(f["value"]), _own(f, counts), "lower",
             )
         )  # fmt: skip
     return rows
+
+
+def _own(frechet: dict[str, Any], counts: dict[str, int]) -> str:
+    """The training images' own distance, and that of as many samples."""
+    own, equal = frechet.get("train_vs_reference"), frechet.get("equal_counts")
+    if own is None:
+        return ""
+    if not equal or equal["images"] == counts["samples"] == counts["train"]:
+        return f"training set {number(own)}"
+    both = number(equal["value"]), number(equal["train_vs_reference"])
+    return f"at {equal['images']:,} images each {both[0]}, training set {both[1]}"
 
 
 def table(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

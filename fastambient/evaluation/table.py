@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastambient.console import shown_name
+from fastambient.evaluation.quality import figure_name
 from fastambient.evaluation.report import RunReport, fd_note
 from fastambient.evaluation.report_figures import summary
 
@@ -74,7 +75,9 @@ def print_table(evaluated: Sequence[Measured]) -> None:
     """One row a run, to stdout, within 80 columns, and what its figures mean."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("model", overflow="fold")
-    heads = ("sigma_tn", "FD to\nheld-out", "copy rate (95 %)", "held-out\ncontrol", "median L2 to\ntrain/held-out")
+    named = {figure_name("FD", item.metrics["counts"]["samples"], "held-out") for item in evaluated}
+    distance = named.pop().replace(" held", "\nheld") if len(named) == 1 else "FD vs\nheld-out"
+    heads = ("sigma_tn", distance, "copy rate (95 %)", "held-out\ncontrol", "median L2 to\ntrain/held-out")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for item in evaluated:
@@ -106,7 +109,8 @@ def _notes(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
         counts = ", ".join(dict.fromkeys(str(each["counts"]["samples"]) for each in metrics))
         lines = [
             f"FD: Frechet distance of {counts} samples to the {fd['reference']}, in pixel space; the"
-            f" {m['counts']['train']} training images have {fd['train_vs_reference']:.3f}.",
+            f" {m['counts']['train']} training images have {fd['train_vs_reference']:.3f}"
+            f"{_at_equal_counts(metrics, names)}.",
             f"{copies}; the control searches {searched} held-out images.",
             f"Median L2: distance of a sample to the nearest of {searched} training and of {searched} held-out images:"
             " equally many, because the nearest of more images lies nearer.",
@@ -143,8 +147,26 @@ def _features(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[s
         if m["fld"]:
             told.setdefault(
                 f"FLD's gap ({m['fld']['embedder']}), how much better samples explain training than held-out images", []
-            ).append(f"{name} {m['fld']['gap']:.3g}")
+            ).append(f"{name} {m['fld']['gap']:.3g}" + _chance(m["fld"].get("control")))
     return [f"{what}: {', '.join(each)}." if each else f"{what}." for what, each in told.items()]
+
+
+def _at_equal_counts(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Where there are more samples than training images, or fewer: fewer have a larger distance."""
+    equal = metrics[0]["frechet"]["pixel"].get("equal_counts")
+    if equal is None or equal["images"] == metrics[0]["counts"]["samples"] == metrics[0]["counts"]["train"]:
+        return ""
+    values = (
+        f"{name} {each['frechet']['pixel']['equal_counts']['value']:.3f}"
+        for name, each in zip(names, metrics, strict=True)
+    )
+    return f" ({equal['images']} images each: {', '.join(values)}, training images {equal['train_vs_reference']:.3f})"
+
+
+def _chance(control: dict[str, Any] | None) -> str:
+    if control is None:
+        return ""
+    return f" ({control['images']} samples {control['gap']:.3g}, as many held-out images {control['holdout_gap']:.3g})"
 
 
 def _percent(rate: float | None) -> str:

@@ -1,7 +1,8 @@
 """One cell of a sweep, in a process of its own: ``python -m fastambient.sweep.cell RUN NUM DEVICE [FEATURES]``.
 
 What ``train --resume``, ``sample`` and ``evaluate`` do one after the other, in one process, because starting three
-takes longer than measuring a small run. measured.json is written last and says how it was measured.
+takes longer than measuring a small run. measured.json is written last: how it was measured and what came of it,
+whatever ``evaluate`` makes of metrics.json later.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def run_cell(path: Path, num: int, device: str, features: str | None) -> None:
     start(path, resume=True, device=device)
     write_samples(path, range(num), path / SAMPLES, device=device, force=True)
     chosen: dict[str, Any] = {} if features is None else {"features": features}
-    evaluate_run(path, samples=path / SAMPLES, device=device, **chosen)
-    write_json(path / MEASURED, marker(num, features))
+    found = evaluate_run(path, samples=path / SAMPLES, device=device, **chosen)
+    write_json(path / MEASURED, marker(num, features) | {"metrics": found.metrics})
 
 
 def main(arguments: list[str]) -> int:

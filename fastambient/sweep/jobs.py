@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from fastambient.console import progress, say
-from fastambient.errors import FastambientError
+from fastambient.console import progress, say, warn
 from fastambient.processes import die_with_parent
 from fastambient.sweep.request import Cell, SweepRequest
 from fastambient.sweep.results import STOPPED, cell_line, result_of_cell
@@ -43,15 +42,13 @@ class _Job:
             start_new_session=True,  # Ctrl-C reaches this process alone, which then tells the children once
         )  # fmt: skip
 
-    def done(self) -> bool:
-        """FastambientError where it failed, with the last thing that it said."""
-        if self.child.poll() is None:
-            return False
-        if self.child.returncode:
-            self.log.seek(0)
-            last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
-            raise FastambientError(f"the cell {self.path} failed with exit code {self.child.returncode}: {last}")
-        return True
+    def failure(self) -> str:
+        """Of a process that has ended: the last thing that it said, "" where it did what it was to do."""
+        if not self.child.returncode:
+            return ""
+        self.log.seek(0)
+        last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+        return f"the cell {self.path} failed with exit code {self.child.returncode}: {last}"
 
     def end(self) -> None:
         try:
@@ -62,15 +59,18 @@ class _Job:
         self.log.close()
 
 
-def run_all(request: SweepRequest, todo: list[Cell], out: Path) -> None:
-    """Train and measure these cells, `parallel` at once."""
+def run_all(request: SweepRequest, todo: list[Cell], out: Path) -> dict[Cell, str]:
+    """Train and measure these cells, `parallel` at once; returns which failed, and with what.
+
+    A cell that fails, by training that diverges for one, leaves the others running: each is a run of its own.
+    """
     cores = os.cpu_count() or 1
     parallel = min(request.parallel or request.gpus or cores, len(todo))
     threads = max(1, cores // parallel)
     images = {c.name: round(RunFolder(out / c.name).read_settings().training.kimg * 1000) for c in todo}
     waiting = sorted(todo, key=lambda c: (request.seeds.index(c.seed), c.kind not in STOPPED))
     jobs: dict[Cell, _Job] = {}
-    count, total = 0, len(todo)
+    count, total, failed = 0, len(todo), dict[Cell, str]()
     seen = {c.name: RunFolder(out / c.name).images_seen() for c in todo}
     try:
         with progress("sweep", sum(images.values()) - sum(seen.values())) as advance:
@@ -84,16 +84,20 @@ def run_all(request: SweepRequest, todo: list[Cell], out: Path) -> None:
                     log = out / "logs" / f"{cell.name}.log"
                     jobs[cell] = _Job(request, out / cell.name, log, place, threads)
                 for cell, job in list(jobs.items()):
-                    ended = job.done()
+                    ended = job.child.poll() is not None
                     # A run that the rule stopped counts as whole: the time left is that of the others.
                     now = images[cell.name] if ended else min(RunFolder(job.path).images_seen(), images[cell.name])
                     advance(max(now - seen[cell.name], 0))
                     seen[cell.name] = max(now, seen[cell.name])
                     if ended:
-                        jobs.pop(cell).end()
                         count += 1
-                        found = result_of_cell(cell.kind, cell.sigma_tn, cell.seed, job.path, request.features)
-                        say(f"{cell_line(found)} ({count} of {total} done)")
+                        if trouble := job.failure():
+                            failed[cell] = trouble
+                            warn(f"{trouble} ({count} of {total} done)")
+                        else:
+                            found = result_of_cell(cell.kind, cell.sigma_tn, cell.seed, job.path, request.features)
+                            say(f"{cell_line(found)} ({count} of {total} done)")
+                        jobs.pop(cell).end()
                 time.sleep(_POLL_SECONDS)
     except (KeyboardInterrupt, SystemExit) as stopped:
         signum = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
@@ -101,9 +105,10 @@ def run_all(request: SweepRequest, todo: list[Cell], out: Path) -> None:
         raise Interrupted(
             signum, f"stopped by {signum.name}, with checkpoints: the same command goes on, finished cells are kept"
         ) from None
-    except FastambientError:
+    except BaseException:
         _end(jobs)
         raise
+    return failed
 
 
 def _is_ready(cell: Cell, unfinished: Sequence[Cell]) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastambient.evaluation.quality import figure_name
+from fastambient.evaluation.quality import distance_name
 from fastambient.sweep.results import KINDS, STOPPED
 from fastambient.training.audits_plot import save_figure
 
+_BREAK = "\n("  # before what a figure's name warns of, which is long
 _STYLE = {  # colour and marker: curves differ by more than colour
     "edm": ("#2f7ed8", "o"), "ambient": ("#2f7ed8", "o"), "fresh-noise": ("#d9652b", "^"),
     "weight-decay": ("#3c9d5d", "s"), "early-stop": ("#a35cc0", "D"),
@@ -55,8 +56,7 @@ def plot_pareto(path: Path, summary: dict[str, Any]) -> None:
     axes.axvline(100 * summary["chosen"]["target"], color="#777777", linewidth=0.9, linestyle=":")
     space = summary["cells"][0]["fd_space"]
     axes.set_xlabel("copies less those of the held-out control (% of samples)")
-    distance = " | ".join(dict.fromkeys(figure_name("FD", c["samples"], "held-out") for c in summary["cells"]))
-    axes.set_ylabel(f"{distance} ({space})")
+    axes.set_ylabel(f"{distance_name(summary['cells'], space).replace(' (', _BREAK)} ({space})")
     seeds = max(len(c["seeds"]) for c in rows)
     bars = "bars: 95 % over seeds" if seeds > 1 else "one seed"
     axes.set_title(f"lower left is better; {bars}; dotted: target", fontsize="small")
@@ -100,9 +100,10 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
             if len(each) > 1:
                 low, high = ([edge(values) for values in zip(*seeds, strict=True)] for edge in (min, max))
                 axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
-    samples = dict.fromkeys(figure_name("FD", a["samples"], "held-out") for c in runs for a in c["audits"])
-    for axes, what in zip(panels, ("copies less those of the control (% of samples)", f"{' | '.join(samples)} (pixel)"),
-                          strict=True):  # fmt: skip
+    distance = distance_name([a for c in runs for a in c["audits"]], "pixel").replace(" (", _BREAK)
+    for axes, what in zip(
+        panels, ("copies less those of the control (% of samples)", f"{distance} (pixel)"), strict=True
+    ):
         axes.set_xlabel("images seen (kimg)")
         axes.set_ylabel(what)
         axes.grid(alpha=0.2)

@@ -39,7 +39,7 @@ class SweepRequest:
     parallel: int | None = None  # cells at once; None: one a GPU, else one a CPU core
     gpus: int = 0
     audit_every: float | None = None  # kimg between audits of every run; None: of those that the rule may stop alone
-    noise_seed: int | None = None  # of the first cell, the others count on; None: each its own, from the system
+    noise_seed: int | None = None  # each cell's is made of it and the cell's name; None: of the system
 
 
 @dataclass(frozen=True)

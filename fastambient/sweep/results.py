@@ -26,6 +26,7 @@ from safetensors import safe_open
 from scipy.stats import t as student
 
 from fastambient.evaluation.memorization import bootstrap_interval
+from fastambient.evaluation.quality import distance_name
 from fastambient.evaluation.report_figures import doubt
 from fastambient.training import checkpoint
 from fastambient.training.audits import excess
@@ -43,20 +44,21 @@ KINDS = {
 
 
 def marker(num: int, features: str | None) -> dict[str, Any]:
-    """The content of measured.json: how samples.npz was measured."""
+    """How samples.npz was measured: measured.json, beside what came of it (``metrics``)."""
     return {"num": num, "features": features}
 
 
 def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: str | None) -> dict[str, Any]:
-    """A row of sweep.json from a run's metrics.json and weights.
+    """A row of sweep.json from a run's measured.json and weights.
 
     seconds : that this run trained, without the beginning that it took over from a stopped one
     fd : of `features` where metrics.json has it, else in pixel space; `fd_space` says which
     kimg : images that the weights have seen; below `kimg_trained` where the stop rule went back
+    train_fd : of the training images themselves; equal_counts : of as many samples and training images
     doubt : why a low copy rate says nothing here, "" where it does
     audits : kimg, samples, excess and fd (in pixel space) of each audit while it trained
     """
-    metrics = json.loads((path / "metrics.json").read_text())
+    metrics = json.loads((path / MEASURED).read_text())["metrics"]
     m, spaces = metrics["memorization"], metrics["frechet"]
     space = features if features in spaces else "pixel"
     with safe_open(path / "model.safetensors", "pt") as weights:
@@ -70,9 +72,12 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
         "stopped_when_copying": state.get("ended") == "copying", "seconds": round(seconds, 1),
         "samples": metrics["counts"]["samples"], "rate": m["gap_ratio"]["rate"], "ci95": m["gap_ratio"]["ci95"],
         "train_rate": matched, "holdout_rate": m["gap_ratio"]["holdout_rate"],
-        "excess": matched - m["gap_ratio"]["holdout_rate"], "fd": spaces[space]["value"], "fd_space": space,
-        "train_fd": spaces[space].get("train_vs_reference"), "doubt": doubt(metrics), "audits": [
-            {n: row[n] for n in ("kimg", "samples", "fd")} | {"excess": excess(row)}
+        "excess": matched - m["gap_ratio"]["holdout_rate"], "excess_ci95": m["control"]["excess_ci95"],
+        "fd": spaces[space]["value"], "fd_space": space, "dimensions": spaces[space]["dimensions"],
+        "references": metrics["counts"]["holdout"], "train_images": metrics["counts"]["train"],
+        "train_fd": spaces[space]["train_vs_reference"], "equal_counts": spaces[space]["equal_counts"],
+        "doubt": doubt(metrics), "audits": [
+            {n: row.get(n) for n in ("kimg", "samples", "fd", "dimensions", "references")} | {"excess": excess(row)}
             for row in RunFolder(path).read_audits()
         ],
     }  # fmt: skip
@@ -117,14 +122,17 @@ def summarize(cells: Sequence[dict[str, Any]], *, target: float, within: float) 
                 found[key]["interval"] = [min(max(side, 0.0), 1.0) for side in found[key]["interval"]]
         if len(rows) == 1:
             found["rate"]["interval"] = rows[0]["ci95"]
+            found["excess"]["interval"] = rows[0].get("excess_ci95")
         elif len({c["rate"] for c in rows}) == 1:  # mostly no copy at all: seeds that agree are no certainty
             samples = sum(c["samples"] for c in rows)
             hits = np.arange(samples) < round(rows[0]["rate"] * samples)
             found["rate"]["interval"] = list(bootstrap_interval(hits))
-        if len({c["excess"] for c in rows}) == 1:
+        if len(rows) > 1 and len({c["excess"] for c in rows}) == 1:
             found["excess"]["interval"] = None
-        own = [c["train_fd"] for c in rows if c.get("train_fd") is not None]
-        found["train_fd"] = sum(own) / len(own) if own else None
+        # At equal counts where they are known: few images have a larger distance than many of the same kind.
+        both = [(e["value"], e["train_vs_reference"]) for c in rows if (e := c.get("equal_counts"))]
+        both = both or [(c["fd"], c["train_fd"]) for c in rows if c.get("train_fd") is not None]
+        found["times_train_fd"] = float(np.mean([fd / max(own, 1e-12) for fd, own in both])) if both else None
         found["doubt"] = next((c["doubt"] for c in rows if c.get("doubt")), "")
         best = [c["best"] for c in rows]
         found["best"] = {n: over_seeds([b[n] for b in best]) for n in ("kimg", "excess", "fd")} if all(best) else None
@@ -159,17 +167,20 @@ def choose(configurations: Sequence[dict[str, Any]], *, target: float, within: f
             reason = f"none: those that copy so little have an FD of {closest['fd']['mean']:.4g} (sigma_tn"
             reason += f" {closest['sigma_tn']:g}) or more, above {limit:.4g}"
         elif doubtful:
-            reason = f"none: sigma_tn {', '.join(format(c['sigma_tn'], 'g') for c in doubtful)}: {doubtful[0]['doubt']}"
-            reason = reason.removesuffix(".") + "; train longer"
+            levels, first = ", ".join(f"{c['sigma_tn']:g}" for c in doubtful), doubtful[0]
+            reason = f"none: the samples of sigma_tn {levels} are in doubt, those of {first['sigma_tn']:g} because"
+            reason += f" {first['doubt'][:1].lower()}{first['doubt'][1:].removesuffix('.')}; train longer"
         elif swept:
             closest = min(swept, key=lambda c: c["excess"]["mean"])
             reason = f"none: the fewest copies are {100 * closest['excess']['mean']:.1f} % (sigma_tn"
             reason += f" {closest['sigma_tn']:g}); train shorter, or try other levels"
         else:
             reason = "none: there is no cell"
-    own = next((c["train_fd"] for c in swept if c.get("train_fd") is not None), None)
-    if chosen is not None and own is not None and best > _FAR * own:
-        reason += f"; all are far from the training images' own FD of {own:.4g}: longer training may change the choice"
+    far = min((c["times_train_fd"] for c in swept if c["times_train_fd"] is not None), default=0.0)
+    if chosen is not None and far > _FAR:
+        reason += (
+            f"; all have {far:.3g} times the training images' own FD or more: longer training may change the choice"
+        )
     return {"sigma_tn": chosen, "reason": reason, "rule": rule, "target": target, "within": within}
 
 
@@ -185,11 +196,15 @@ def number(found: dict[str, Any]) -> str:
     return text if interval is None else f"{text} ({interval[0]:.4g} to {interval[1]:.4g})"
 
 
-COLUMNS = ("model", "sigma_tn", "seeds", "copies", "less the control", "held-out control", "FD to held-out", "kimg")
+def columns(summary: dict[str, Any]) -> tuple[str, ...]:
+    """The heads of the table."""
+    cells = summary["cells"]
+    distance = distance_name(cells, cells[0]["fd_space"]).replace("|", "or")
+    return ("model", "sigma_tn", "seeds", "copies", "less the control", "held-out control", distance, "kimg")
 
 
 def rows_for_people(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row of `COLUMNS` a configuration."""
+    """A row of `columns` a configuration."""
     return [
         (
             KINDS[c["kind"]], f"{c['sigma_tn']:g}", str(len(c["seeds"])), percent(c["rate"]), percent(c["excess"]),
@@ -209,34 +224,50 @@ def table(summary: dict[str, Any]) -> str:
     """Markdown: a row a configuration, what the numbers are, and the choice."""
     cells = summary["cells"]
     samples = cells[0]["samples"]
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    heads = columns(summary)
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     lines += [f"| {' | '.join(row)} |" for row in rows_for_people(summary)]
     seeds = max(len(c["seeds"]) for c in summary["configurations"])
     over = (
         "Student's 95 % intervals of the mean over seeds (where these agree, of all their samples)"
         if seeds > 1
-        else "95 % bootstrap intervals over samples"
+        else "95 % intervals over samples (bootstrap; of few copies exact binomial)"
     )
     chosen, train_fd = summary["chosen"], cells[0]["train_fd"]
     audited = [c for c in summary["configurations"] if c.get("best") and c["kind"] not in STOPPED]
-    own = "" if train_fd is None else f"; the training images have {train_fd:.4g}"
+    images, equal = cells[0].get("train_images"), cells[0].get("equal_counts")
+    own = "" if train_fd is None else f"; the training images themselves have {train_fd:.4g}"
+    if own and images and images != samples:
+        own += f", but are {images:,}, and fewer images have a larger distance"
+        if equal:
+            own += (
+                f": of {equal['images']:,} each {KINDS[cells[0]['kind']]} (seed {cells[0]['seed']}) has"
+                f" {equal['value']:.4g}, the training images {equal['train_vs_reference']:.4g}"
+            )
     lines += [
         "",
         f"{samples:,} samples a run; copies: gap ratio below the threshold, pixel space; in parentheses {over}. FD:"
         f" Frechet distance, {cells[0]['fd_space']} space{own}. Lower is better in both. Less"
         " copying is no privacy guarantee.",
         "",
-        f"Chosen sigma_tn: **{choice(summary)}** ({chosen['reason']}). Rule: {chosen['rule']}.",
+        f"Chosen sigma_tn: **{choice(summary)}** ({chosen['reason'].removeprefix('none: ')}). Rule: {chosen['rule']}.",
         "",
     ]
+    ended = {k: [c["stopped_when_copying"] for c in cells if c["kind"] == k] for k in STOPPED}
+    if told := [f"{KINDS[k]} in {sum(runs)} of {len(runs)} runs" for k, runs in ended.items() if runs]:
+        whole = any(not all(runs) for runs in ended.values())
+        same = "; a run that it did not stop is the same as the one without it" if whole else ""
+        lines += [f"The stop rule ended {', '.join(told)}{same}.", ""]
     if audited:
-        samples = next(c["best"]["samples"] for c in cells if c["best"])
+        ends = [c["best"] for c in cells if c["best"]]
+        samples = ends[0]["samples"]
         lines += [
             f"Each stopped at its best: the audit of the least FD among those with at most {100 * chosen['target']:g} %"
             f" copies above the control ({samples:,} samples, pixel space; the FD that is shown is the one that was"
             " chosen by, for all alike):",
             "",
-            "| model | sigma_tn | seeds | kimg | less the control | FD to held-out |",
+            "| model | sigma_tn | seeds | kimg | less the control |"
+            f" {distance_name(ends, 'pixel').replace('|', 'or')} |",
             "|---|---|---|---|---|---|",
         ]
         lines += [

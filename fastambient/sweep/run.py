@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -16,15 +17,15 @@ from fastambient.console import duration, say
 from fastambient.data.preparation import prepare
 from fastambient.data.sources import open_source
 from fastambient.data.store import Store, is_store
-from fastambient.errors import InputError
+from fastambient.errors import FastambientError, InputError
 from fastambient.files import refuse_existing, write_bytes, write_json
 from fastambient.sweep.jobs import run_all
 from fastambient.sweep.request import Cell, SweepRequest, cells
 from fastambient.sweep.results import (
-    COLUMNS,
     MEASURED,
     SAMPLES,
     choice,
+    columns,
     marker,
     result_of_cell,
     rows_for_people,
@@ -50,7 +51,7 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
     ------
     InputError : a bad request, or a cell in `out` that was trained with other settings than are asked for now
     Interrupted : Ctrl-C or SIGTERM, after the runs' checkpoints; the same call goes on
-    FastambientError : a cell failed; the others have been stopped, with checkpoints
+    FastambientError : cells failed; what came of the others has been written
     """
     planned = cells(request)
     if out.exists() and not (out / "logs").is_dir():
@@ -68,21 +69,30 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
         check_holdout(store)
         if request.features is None and store.resolution < _PHOTOGRAPHS:
             request = replace(request, features="pixel")
-        for number, cell in enumerate(planned):
-            _create(request, cell, number, store, out / cell.name)
+        for cell in planned:
+            _create(request, cell, store, out / cell.name)
         todo = [cell for cell in planned if not _measured(request, out / cell.name)]
         say(f"{out}: {len(planned)} cells, {len(planned) - len(todo)} of them finished; data {store.path}")
         asked = {cell.name for cell in planned}
         others = sorted(p.parent.name for p in out.glob("*/config.yaml") if p.parent.name not in asked)
         if others:
             say(f"not asked for now, and so not among the results: {', '.join(others)}")
-        if todo:
-            run_all(request, todo, out)
-        results = [result_of_cell(c.kind, c.sigma_tn, c.seed, out / c.name, request.features) for c in planned]
+        failed = run_all(request, todo, out) if todo else {}
+        there = [c for c in planned if c not in failed]
+        trouble = "\n".join(failed.values())
+        if not there:
+            raise FastambientError(f"every cell failed:\n{trouble}")
+        results = [result_of_cell(c.kind, c.sigma_tn, c.seed, out / c.name, request.features) for c in there]
         summary = summarize(results, target=request.target, within=request.within)
         summary["settings"] = _settings_of(request, store)
-        _write(request, planned, summary, out)
+        summary["failed"] = [c.name for c in failed]
+        _write(request, there, summary, out)
         say(f"done in {duration(time.monotonic() - began)}: {out / 'report.html'}, {out / 'pareto.png'}")
+        if failed:
+            raise FastambientError(
+                f"{len(failed)} of {len(planned)} cells failed and are not among the results; the same command tries"
+                f" them again:\n{trouble}"
+            )
         return summary
     finally:
         lock.release()
@@ -118,8 +128,8 @@ def _own_store(request: SweepRequest, out: Path) -> Store:
     )  # fmt: skip
 
 
-def train_request(request: SweepRequest, cell: Cell, number: int, store: Store, out: Path) -> TrainRequest:
-    """What ``train`` would be asked for this cell, the `number`-th of the sweep in `out`."""
+def train_request(request: SweepRequest, cell: Cell, store: Store, out: Path) -> TrainRequest:
+    """What ``train`` would be asked for this cell of the sweep in `out`."""
     options: dict[str, dict[str, Any]] = {
         "noise": {"sigma_tn": cell.sigma_tn} | cell.options.get("noise", {}),
         "training": {"seed": cell.seed, "sample_kimg": 0.0, "ranks": 1, "device": "cuda" if request.gpus else "cpu"}
@@ -127,28 +137,35 @@ def train_request(request: SweepRequest, cell: Cell, number: int, store: Store, 
         | ({} if request.audit_every is None else {"audit_kimg": request.audit_every})
         | cell.options.get("training", {}),
     }
-    seed = _noise_seed(request, cell, number, out) if store.manifest["noisy"] == "none" else None
+    seed = _noise_seed(request, cell, out) if store.manifest["noisy"] == "none" else None
     return TrainRequest(
         data=str(store.path), preset=request.preset, assignments=request.assignments, options=options, noise_seed=seed
     )
 
 
-def _noise_seed(request: SweepRequest, cell: Cell, number: int, out: Path) -> int:
+def _noise_seed(request: SweepRequest, cell: Cell, out: Path) -> int:
     """That of the cell's twin, which is the same training, or one of its own: levels that share a seed would give the
-    images away together."""
+    images away together. By the cell's name, so that cells which are added later share none, either."""
     if cell.twin is not None and (twin := RunFolder(out / cell.twin.name)).config.is_file():
         return twin.read_noise_seed()
-    return secrets.randbits(64) if request.noise_seed is None else (request.noise_seed + number) % 2**64
+    if request.noise_seed is None:
+        return secrets.randbits(64)
+    return int.from_bytes(hashlib.sha256(f"{request.noise_seed} {cell.name}".encode()).digest()[:8], "big")
 
 
-def _create(request: SweepRequest, cell: Cell, number: int, store: Store, path: Path) -> None:
-    """The cell's run folder, untrained; one that is there must have the settings that are asked for."""
-    found = plan(train_request(request, cell, number, store, path.parent))
+def _create(request: SweepRequest, cell: Cell, store: Store, path: Path) -> None:
+    """The cell's run folder, untrained; one that is there must have the data and settings that are asked for."""
+    found = plan(train_request(request, cell, store, path.parent))
     if not path.exists():
         create_run(found, path)
         return
     run = RunFolder.existing(path)
     run.open_store(verify=False)
+    if not run.trained_on(store):
+        raise InputError(
+            f"the cell {path} was trained on another store than {store.path}; choose another --out, or move that"
+            " folder away"
+        )
     asked, there = found.settings, run.read_settings()
     if asked.noise.sigma_data is None:
         asked = replace(asked, noise=replace(asked.noise, sigma_data=there.noise.sigma_data))
@@ -169,8 +186,8 @@ def _measured(request: SweepRequest, path: Path) -> bool:
         there = json.loads((path / MEASURED).read_text())
     except (OSError, ValueError):
         return False
-    whole = run.metrics.is_file() and (path / SAMPLES).is_file()
-    return whole and there == marker(request.num, request.features) and bool(finished(run, run.read_settings()))
+    same = "metrics" in there and there == marker(request.num, request.features) | {"metrics": there["metrics"]}
+    return same and (path / SAMPLES).is_file() and bool(finished(run, run.read_settings()))
 
 
 def _settings_of(request: SweepRequest, store: Store) -> dict[str, Any]:
@@ -207,7 +224,7 @@ def _write(request: SweepRequest, planned: list[Cell], summary: dict[str, Any], 
         choice(summary),
         chosen["reason"],
         chosen["rule"],
-        COLUMNS,
+        columns(summary),
         rows_for_people(summary),
         (out / "pareto.png").read_bytes(),
         (out / "training.png").read_bytes() if audited else None,

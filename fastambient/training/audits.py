@@ -2,7 +2,8 @@
 
 audits.jsonl, a row an audit: nimg, kimg, samples (drawn, seeds 0..n-1), copies, rate and ci95 (gap ratio below the
 threshold, among all training images), train_rate (the same among as many training images as the control searches),
-holdout_rate (the control: held-out images), fd (Frechet distance to the held-out images, in pixel space), seconds.
+holdout_rate (the control: held-out images), fd (Frechet distance to `references` held-out images, in pixel space, of
+`dimensions`), seconds.
 
 An audit draws from Philox at its sample seeds and from generators of its own, and loads the EMA weights into a copy of
 the network: training's numbers are the same with and without it. Every rank draws its share of the samples; rank 0
@@ -111,6 +112,8 @@ def measure(
     assert copies is not None and control is not None
     return {
         "samples": len(samples),
+        "references": len(sets.reference),
+        "dimensions": samples[0].size,
         "copies": int(copies.sum()),
         "rate": float(copies.mean()),
         "ci95": list(bootstrap_interval(copies, resamples=bootstrap, seed=seed)),
@@ -236,24 +239,33 @@ class Auditor:
         """The run stopped at `nimg`: model.safetensors becomes the weights of the last audit at or below the rate."""
         rate = self.settings.training.stop_when_copying
         assert rate is not None
-        row = last_allowed(self.run.read_audits(), rate)
-        last = f"copying exceeds the control by more than {rate:.3g} at {nimg / 1000:g} kimg"
+        rows = self.run.read_audits()
+        row, end = last_allowed(rows, rate), rows[-1]
+        last = (
+            f"{100 * end['train_rate']:.1f} % copies of as many training images as the control searches, less its"
+            f" {100 * end['holdout_rate']:.1f} %, are more than {100 * rate:.3g} % at {nimg / 1000:g} kimg"
+        )
         if row is None or not self.snapshot(row["nimg"]).is_file():
             write(self.run.weights)
             warn(f"{last}, and no earlier audit was at or below it: {self.run.weights} holds the weights of"
                  f" {nimg / 1000:g} kimg; audit more often (--audit-every) to stop in time")  # fmt: skip
             return
         write_bytes(self.run.weights, self.snapshot(row["nimg"]).read_bytes())
-        say(f"{last}: {self.run.weights} holds the weights of {row['kimg']:g} kimg, where it was {excess(row):.3g}")
+        say(
+            f"{last}: {self.run.weights} holds the weights of {row['kimg']:g} kimg, where it was"
+            f" {100 * excess(row):.3g} %"
+        )
 
 
 def audit_line(row: dict[str, Any]) -> str:
     """A row for people."""
+    from fastambient.evaluation.quality import figure_name
+
     low, high = (100 * side for side in row["ci95"])
     matched = row["train_rate"]
     at_equal = "" if matched == row["rate"] else f" (among as many training images {100 * matched:.1f} %)"
     return (
         f"audit at {row['kimg']:g} kimg: {100 * row['rate']:.1f} % copies ({low:.1f} - {high:.1f} %), held-out control"
-        f" {100 * row['holdout_rate']:.1f} %{at_equal}, FD to held-out {row['fd']:.4g},"
-        f" {row['samples']} samples in {duration(row['seconds'])}"
+        f" {100 * row['holdout_rate']:.1f} %{at_equal}, {figure_name('FD', row['samples'], 'held-out')}"
+        f" {row['fd']:.4g}, in {duration(row['seconds'])}"
     )

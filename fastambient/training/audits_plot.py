@@ -34,7 +34,7 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     """
     from matplotlib.figure import Figure
 
-    from fastambient.evaluation.quality import figure_name
+    from fastambient.evaluation.quality import distance_name
 
     kimg = [row["kimg"] for row in rows]
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
@@ -44,6 +44,10 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     above.plot(kimg, [100 * row["rate"] for row in rows], color=COPIES, marker="o", markersize=3, label="copies")
     control = [100 * row["holdout_rate"] for row in rows]
     above.plot(kimg, control, color=CONTROL, linestyle="--", marker="s", markersize=3, label="held-out control")
+    equal = [100 * row["train_rate"] for row in rows]
+    if equal != [100 * row["rate"] for row in rows]:  # what the rule compares, where fewer images are held out
+        label = "copies of as many training images"
+        above.plot(kimg, equal, color=COPIES, linestyle="-.", marker="^", markersize=3, label=label)
     if rate is not None:
         limit = [each + 100 * rate for each in control]
         above.plot(kimg, limit, color=CONTROL, linestyle=":", label=f"control + {100 * rate:g} %: stop above")
@@ -51,7 +55,7 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     above.set_ylim(bottom=0)
     above.legend(frameon=False, fontsize="small")
     below.plot(kimg, [row["fd"] for row in rows], color=QUALITY, marker="o", markersize=3)
-    distance = " | ".join(dict.fromkeys(figure_name("FD", row["samples"], "held-out") for row in rows))
+    distance = distance_name(rows, "pixel").replace(" (", "\n(")  # what it warns of is long
     below.set_ylabel(f"{distance}\n(pixels, lower is better)")
     below.set_xlabel("images seen (kimg)")
     for axes in (above, below):

@@ -105,6 +105,11 @@ class RunFolder:
             raise InputError(f"--data {at}: {self.path} does not say which store it was trained on; leave --data out")
         return self._unchanged(Store.open(path, verify=verify), self._store_sha256)
 
+    def trained_on(self, store: Store) -> bool:
+        """Whether this run's store has the same manifest: same images, in the same order, on the same sides."""
+        pinned = self._store_sha256.read_text(encoding="ascii", errors="replace").strip()
+        return pinned == sha256_file(store.path / "manifest.json")
+
     def open_clean(self, *, verify: bool = True) -> Store | None:
         """The store of clean images beside a hand-out, or None; errors as `open_store`'s."""
         path = self.read_settings().data.clean
