@@ -160,7 +160,7 @@ def _audited(cells: list[dict[str, Any]]) -> bool:
 def _comparison(title: str, rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table of `differences`."""
     return [
-        f"{title} (below 0 is better), with 95 % intervals:",
+        f"{title} (below 0 is better), with 95 % intervals, each by itself (of twenty where nothing differs, one is clear):",
         "",
         "| sigma_tn | against | seeds | copies less the control, in points | FD | |",
         "|---|---|---|---|---|---|",

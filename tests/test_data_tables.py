@@ -318,4 +318,4 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "fastambient.data.tables")
     monkeypatch.delitem(sys.modules, "fastambient.data.table_files")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert 'pip install "fastambient[parquet]"' in error_of(path)
+    assert "python -m pip install pyarrow" in error_of(path)

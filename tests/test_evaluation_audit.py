@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from planted import KINDS, generate, photographs, textures
 
@@ -51,7 +52,7 @@ def test_each_metric_finds_what_was_planted_and_nothing_else(sets, flips):
         hits = _hits(score)
         for kind in KINDS:
             share = hits[rows[kind]].mean()
-            if kind != "shift":  # one pixel of 16: near enough in smooth pictures alone
+            if kind != "shift":  # one pixel of 16: near enough in smooth pictures alone, which are counted by hand
                 assert share == (kind in always), (score.key, kind)
             if kind in always:
                 own = np.arange(rows[kind].start, rows[kind].stop)
@@ -59,7 +60,7 @@ def test_each_metric_finds_what_was_planted_and_nothing_else(sets, flips):
                 assert score.mirrored[rows[kind]].all() == (kind == "flip")
         assert not _control_hits(score).any(), "held-out images were not copied"
     gap, alike = found.metrics["memorization"]["gap_ratio"], found.metrics["similarity"]
-    shifted = [_hits(score)[rows["shift"]].sum() for score in found.scores]
+    shifted = _by_hand(samples[rows["shift"]], train, flips)
     assert gap["copies"] == len(always) * EACH + shifted[0] and gap["holdout_rate"] == 0
     assert alike["above_0.95"] == (len(always) * EACH + shifted[1]) / len(samples) == alike["excess_0.95"]
     assert gap["ci95"][0] < gap["rate"] < gap["ci95"][1]
@@ -68,7 +69,51 @@ def test_each_metric_finds_what_was_planted_and_nothing_else(sets, flips):
     # Blends copy two images at once, and neither more than the other.
     assert (found.scores[0].values[rows["blend"]] > 0.9).all()
     assert found.metrics["fld"]["gap"] > 10 * abs(_clean_fld(train, holdout))
-    assert found.metrics["mifid"]["distance"] < 1
+    vectors = [x.reshape(len(x), -1) / 127.5 - 1 for x in (samples, train, train[..., ::-1])]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in vectors]
+    nearest = np.abs(unit[0] @ np.concatenate(unit[1 : 2 + flips]).T).max(1)
+    assert found.metrics["mifid"]["distance"] == pytest.approx(1 - nearest.mean(), abs=1e-6)
+    assert found.metrics["mifid"]["control"]["holdout_distance"] > found.metrics["mifid"]["distance"]
+
+
+def _by_hand(samples: np.ndarray, train: np.ndarray, flips: bool) -> tuple[int, int]:
+    """Copies by gap ratio and by cosine, from all distances at once."""
+    ratio, cosine = [], []
+    for sample in samples.astype(np.float64):
+        sides = [train.astype(np.float64)] + [train[..., ::-1].astype(np.float64)] * flips
+        far = np.min([np.sqrt(((side - sample) ** 2).sum((1, 2, 3))) for side in sides], 0)
+        ratio.append(np.sort(far)[0] / np.sort(far)[1])
+        a = sample.ravel() / 127.5 - 1
+        b = np.concatenate([side.reshape(len(side), -1) / 127.5 - 1 for side in sides])
+        cosine.append((b @ a / np.linalg.norm(b, axis=1) / np.linalg.norm(a)).max())
+    return sum(r < 1 / 3 for r in ratio), sum(c > 0.95 for c in cosine)
+
+
+@pytest.mark.parametrize("network", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_quality_where_the_answer_is_known(sets, network):
+    """A generator of the training images has their own distances and copies all; one of the held-out images is perfect
+    and copies nothing."""
+    train, holdout = (x[:60] for x in sets[1:3])
+    options = {"embedder": load_embedder("efficientnet-lite0" if network else "pixel"), "settings": {}}
+    copies, perfect = (evaluate(x, train, holdout, **options).metrics for x in (train, holdout))
+    space = copies["similarity"]["embedder"]
+    own = copies["frechet"][space]
+    assert own["value"] == pytest.approx(own["train_vs_reference"], rel=1e-9) and own["value"] > 0.1
+    assert own["equal_counts"]["value"] == own["equal_counts"]["train_vs_reference"] == own["train_vs_reference"]
+    assert copies["memorization"]["gap_ratio"]["rate"] == 1 == copies["similarity"]["above_0.95"]
+    assert copies["copies_per_train_image"]["images_copied"] == 60 and copies["fld"]["at_bound"] == 1
+    assert copies["mifid"]["value"] == pytest.approx(own["value"] / 1e-6, rel=0.3)
+    assert copies["fld"]["gap"] > 30 + copies["fld"]["control"]["holdout_gap"]
+    q = perfect["quality"][0]
+    assert q["fd"] == pytest.approx(0, abs=1e-6 * own["value"]) and q["kid"] < 1e-6
+    assert q["precision"] == q["recall"] == q["coverage"] == 1 and q["density"] >= 1
+    assert perfect["memorization"]["gap_ratio"]["rate"] == 0 == perfect["fld"]["at_bound"]
+    assert (
+        perfect["memorization"]["gap_ratio"]["holdout_rate"] == 1 and perfect["similarity"]["holdout_above_0.95"] == 1
+    )
+    assert perfect["mifid"]["value"] < 1e-6 * copies["mifid"]["value"]
+    assert perfect["mifid"]["control"]["holdout_distance"] < 1e-6 < 0.01 < perfect["mifid"]["distance"]
+    assert network or perfect["fld"]["gap"] < -30, "in 1,280 dimensions 60 images tell no likelihoods apart"
 
 
 def _clean_fld(train: np.ndarray, holdout: np.ndarray) -> float:
@@ -206,6 +251,50 @@ def test_a_copy_is_named_by_its_file(folders, tmp_path, capsys, kept):
     assert "=HYPERLINK(7).png" in page and "?[31mred.png" in page and "\x1b" not in page and "\\u001b" not in page
 
 
+def test_features_that_tell_no_images_apart_leave_the_rest(sets, tmp_path):
+    """A module that gives the same for all pictures: FLD is left out with a note, everything else is measured."""
+    samples, train, holdout, _ = sets
+
+    class Same(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ones(len(x), 4)
+
+    torch.jit.save(torch.jit.script(Same()), str(tmp_path / "inception.pt"))
+    embedder = load_embedder(str(tmp_path / "inception.pt"))
+    found = evaluate(samples, train, holdout, embedder=embedder, settings={}).metrics
+    assert found["fld"] is None and "FLD (inception.pt) could not be measured" in found["notes"][0]
+    assert found["memorization"]["gap_ratio"]["copies"] >= 3 * EACH and found["frechet"]["inception.pt"]["value"] == 0
+    assert next(iter(found["quality"][0]["figures"])) == "FD-140 vs held-out", "its name makes no FID of it"
+
+
+def test_a_cache_changes_nothing_that_is_written(folders, tmp_path):
+    options = {"train": "train", "holdout": "holdout", "features": "pixel", "cache": tmp_path / "cache"}
+    first, again = (audit("samples", **options, out=tmp_path / "m.json").metrics for _ in range(2))
+    assert list((tmp_path / "cache").iterdir()) and first == again and first["similarity"]["dimensions"] == 768
+
+
+def test_mirrored_copies_are_looked_for(folders):
+    train, holdout, samples = folders
+    _folder(Path("mirrored"), np.ascontiguousarray(np.concatenate([samples[30:], train[:30, ..., ::-1]])))
+    usual = {"train": "train", "holdout": "holdout", "features": "pixel", "out": Path("m.json")}
+    found, blind = audit("mirrored", **usual).metrics, audit("mirrored", **usual, flips=False).metrics
+    assert found["memorization"]["gap_ratio"]["copies"] == 30 and blind["memorization"]["gap_ratio"]["copies"] == 0
+    assert found["fld"]["gap"] > 50 + blind["fld"]["gap"] and found["mifid"]["distance"] < blind["mifid"]["distance"]
+
+
+def test_few_held_out_images_are_said_to_be_few(sets):
+    samples, train, holdout, _ = sets
+    few, enough = (evaluate(samples, train, holdout[:n], settings={}).metrics["notes"] for n in (29, 30))
+    assert few[0].startswith("The control searches 29 held-out images only") and not enough
+
+
+def test_a_path_that_is_no_text_is_shown_all_the_same(folders):
+    name = b"sam\xffples".decode(errors="surrogateescape")
+    Path("samples").rename(name)
+    found = audit(name, "train", holdout="holdout", features="none")
+    assert "sam?ples" in found.page.read_text(encoding="utf-8") and found.file.is_file()
+
+
 def test_exact_copies_are_named_together(sets):
     """A search finds the first of them; whoever looks for the other one finds it as well."""
     samples, train, *_ = sets
@@ -271,6 +360,10 @@ def _break(what: str, folders) -> list[str]:
     if what == "one sample":
         _folder(Path("one"), train[:1])
         return ["--samples", "one", *usual]
+    if what == "overviews":
+        shutil.copytree("samples", "run/samples")
+        Path("run/config.yaml").write_text("")
+        return ["--samples", "run/samples", *usual]
     if what == "store resolution":
         prepare(open_source("train"), "store", train=50, holdout=10, noise_seed=1)
         return ["--samples", "samples", "--train", "store", "--features", "none", "--resolution", "8"]
@@ -291,6 +384,7 @@ def _break(what: str, folders) -> list[str]:
         ("held-out trained", "1 held-out images are training images"),
         ("held-out flipped", "1 held-out images are training images or their mirror images"),
         ("one sample", "1 samples, expected at least 2"),
+        ("overviews", "run/samples holds the overviews that a run drew of itself"),
         ("store resolution", "--resolution 8, but the store store holds images of 16 pixels"),
         ("--holdout nowhere", "'nowhere'"),
         ("--num 1", "--num must be 2 or more"),

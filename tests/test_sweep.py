@@ -428,6 +428,9 @@ def test_a_store_is_swept_where_it_lies_and_needs_held_out_images(tmp_path, here
     none = prepare(source, tmp_path / "none", holdout=0, noise_seed=1)
     with pytest.raises(InputError, match="has no two clean held-out images"):
         sweep(asked(data=str(none.path)), tmp_path / "other")
+    with pytest.raises(InputError):
+        sweep(asked(data="nowhere"), tmp_path / "other")
+    assert not (tmp_path / "other").exists(), "a request that is refused leaves nothing behind"
 
 
 def test_somebodys_folder_is_not_swept_in(tmp_path):

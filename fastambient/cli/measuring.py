@@ -79,7 +79,7 @@ def audit(
     features: Features = None,
     weights: Weights = None,
     preprocess: Preprocess = None,
-    flips: Annotated[bool, option("mirrored training images count as well", "--flips")] = False,
+    flips: Annotated[bool, option("also look for copies of mirrored images", "--flips/--no-flips")] = True,
     num: Annotated[int | None, option("pictures to take, chosen by chance", metavar="N", default="all")] = None,
     resolution: Annotated[
         int | None, option("centre-crop and resize all pictures to RxR pixels", metavar="R", default="as they are")

@@ -169,7 +169,7 @@ def _tables() -> ModuleType:
         if not (error.name or "").startswith("pyarrow"):
             raise
         raise InputError(
-            'parquet files and Hugging Face data sets are read with pyarrow: pip install "fastambient[parquet]"'
+            "parquet files and Hugging Face data sets are read with pyarrow: python -m pip install pyarrow"
         ) from error
 
 

@@ -121,10 +121,13 @@ def inception(name: str, weights: Path | None, device: torch.device) -> Embedder
 
 
 def dinov2(name: str, weights: Path | None, device: torch.device, preprocess: str) -> Embedder:
-    """DINOv2 (Oquab et al., 2023) without registers, in timm's form: the class token after the last norm."""
+    """DINOv2 (Oquab et al., 2023) without registers, in timm's form: the class token after the last norm.
+
+    Not by torch-fidelity's extractor, which fetches a repository's code by torch.hub and runs it.
+    """
     architecture, changes = DINOV2[name]
     repository = f"timm/{architecture}.lvd142m"
-    timm = _package("timm", "fastambient[features]", name)
+    timm = _package("timm", "timm huggingface-hub", name)
     file = weights or hugging_face_file(repository, "model.safetensors")
     if file is None:
         raise absent(
@@ -246,4 +249,6 @@ def _package(module: str, distribution: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f'{LABELS[name]} needs another package: pip install "{distribution}" ({error})') from None
+        raise InputError(
+            f"{LABELS[name]} needs another package: python -m pip install {distribution} ({error})"
+        ) from None

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "Score", "check_sets", "evaluate", "to_json"]
 
 _TOP = 10  # the most copied training images that are named
+_FEW = 30  # held-out images, below which a control is called weak
 _HELD = 2**26  # numbers of a set, above which they stay float32: those of small sets keep every digit
 _NO_HOLDOUT = (
     "There is no held-out set: Frechet distances, KID, precision, recall, density, coverage, MiFID, FLD and all"
@@ -126,7 +127,7 @@ def evaluate(
         "copies_per_train_image": copying["copies_per_train_image"],
         "similarity": None, "quality": [], "mifid": None, "fld": None,
         "denoising_gap": denoising_gap,
-        "notes": [_NO_HOLDOUT] if holdout is None else [],
+        "notes": [_NO_HOLDOUT] if holdout is None else [note] if (note := few_held_out(count)) else [],
         "settings": {
             **settings,
             "protocol": {"space": "pixels in [-1, 1]", "flips": flips, "bootstrap": bootstrap, "seed": seed},
@@ -277,12 +278,27 @@ def check_sets(train: np.ndarray, holdout: np.ndarray | None, *, flips: bool = F
         return positions[0], np.zeros(0, np.int64)
     shared = len(set(fingerprints(train, flips=flips)) & set(fingerprints(holdout, flips=flips)))
     if shared:
-        mirrored, remedy = (" or their mirror images", "leave mirrored copies out") if flips else ("", "split again")
+        mirrored, remedy = "", "split again"
+        if flips:
+            mirrored, remedy = " or their mirror images", "leave mirrored copies out, or audit with --no-flips"
         raise InputError(
             f"{shared} held-out images are training images{mirrored}, expected none: a control must not have trained;"
             f" {remedy}"
         )
     return positions[0], positions[1]
+
+
+def few_held_out(count: int) -> str:
+    """A line where so few held-out images are searched that the control tells nothing, else "".
+
+    A nearest neighbour among few images lies far, and the second hardly farther, so that their ratio is chance.
+    """
+    if count >= _FEW:
+        return ""
+    return (
+        f"The control searches {count} held-out images only: it, and what is left of copying without it, says little;"
+        f" hold back {_FEW} or more."
+    )
 
 
 def equal_counts(

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
         summary["settings"] = _settings_of(request, store)
         summary["failed"] = [c.name for c in failed]
         _write(request, there, summary, out)
-        say(f"done in {duration(time.monotonic() - began)}: {out / 'report.html'}, {out / 'pareto.png'}")
+        say(f"done in {duration(time.monotonic() - began)}")
+        print(
+            f"written: {', '.join(str(out / name) for name in ('report.html', 'pareto.png', 'table.md', 'sweep.json'))}"
+        )
         if failed:
             raise FastambientError(
                 f"{len(failed)} of {len(planned)} cells failed and are not among the results; the same command tries"
@@ -96,6 +100,11 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
         return summary
     finally:
         lock.release()
+        if {path.name for path in out.iterdir()} <= {".lock", "logs"}:  # refused: nothing is left behind
+            (out / ".lock").unlink(missing_ok=True)
+            for path in (out / "logs", out):
+                with suppress(OSError):
+                    path.rmdir()
 
 
 def check_holdout(store: Store) -> None:
@@ -121,9 +130,10 @@ def _own_store(request: SweepRequest, out: Path) -> Store:
                 " another --out"
             )
         return Store.open(str(path))
+    opened = open_source(request.data, resolution=d.resolution, on_bad_image=d.on_bad_image)
     write_json(file, asked)
     return prepare(
-        open_source(request.data, resolution=d.resolution, on_bad_image=d.on_bad_image), path,
+        opened, path,
         train=d.train, holdout=d.holdout, split_seed=d.split_seed, workers=os.cpu_count() or 1,
     )  # fmt: skip
 

@@ -166,13 +166,15 @@ class Auditor:
 
     def message(self) -> str:
         """For the start of a run."""
+        from fastambient.evaluation.metrics import few_held_out
+
         t, s = self.settings.training, self.sets
         assert s is not None
         text = f"audits every {t.audit_kimg:g} kimg: {self.settings.evaluation.audit_num} samples against"
         text += f" {len(s.train):,} training images and {len(s.control):,} held-out ones; FD to {len(s.reference):,}"
         if t.stop_when_copying is not None:
             text += f"; stops when copying exceeds the control by more than {t.stop_when_copying:.3g}"
-        return text
+        return f"{text}. {few_held_out(len(s.control))}".removesuffix(". ")
 
     def __call__(
         self, denoiser: EDMDenoiser, shape: tuple[int, int, int], nimg: int, *, stopping: Callable[[], bool]
