@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from fastambient.evaluation.quality import distance_name
 from fastambient.sweep.results import KINDS, STOPPED
 from fastambient.training.audits_plot import save_figure
 
-_BREAK = "\n("  # before what a figure's name warns of, which is long
 _STYLE = {  # colour and marker: curves differ by more than colour
     "edm": ("#2f7ed8", "o"), "ambient": ("#2f7ed8", "o"), "fresh-noise": ("#d9652b", "^"),
     "weight-decay": ("#3c9d5d", "s"), "early-stop": ("#a35cc0", "D"),
@@ -56,7 +56,8 @@ def plot_pareto(path: Path, summary: dict[str, Any]) -> None:
     axes.axvline(100 * summary["chosen"]["target"], color="#777777", linewidth=0.9, linestyle=":")
     space = summary["cells"][0]["fd_space"]
     axes.set_xlabel("copies less those of the held-out control (% of samples)")
-    axes.set_ylabel(f"{distance_name(summary['cells'], space).replace(' (', _BREAK)} ({space})")
+    label = _distance(summary["cells"], space)
+    axes.set_ylabel(label, fontsize="small" if "\n" in label else None)
     seeds = max(len(c["seeds"]) for c in rows)
     bars = "bars: 95 % over seeds" if seeds > 1 else "one seed"
     axes.set_title(f"lower left is better; {bars}; dotted: target", fontsize="small")
@@ -100,10 +101,8 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
             if len(each) > 1:
                 low, high = ([edge(values) for values in zip(*seeds, strict=True)] for edge in (min, max))
                 axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
-    distance = distance_name([a for c in runs for a in c["audits"]], "pixel").replace(" (", _BREAK)
-    for axes, what in zip(
-        panels, ("copies less those of the control (% of samples)", f"{distance} (pixel)"), strict=True
-    ):
+    distance = _distance([a for c in runs for a in c["audits"]], "pixel")
+    for axes, what in zip(panels, ("copies less those of the control (% of samples)", distance), strict=True):
         axes.set_xlabel("images seen (kimg)")
         axes.set_ylabel(what)
         axes.grid(alpha=0.2)
@@ -112,6 +111,12 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
     panels[0].legend(frameon=False, fontsize="small")
     save_figure(path, figure)
     return True
+
+
+def _distance(rows: Sequence[dict[str, Any]], space: str) -> str:
+    """The distance's name and the embedder's; what it warns of, which is long, on a line below."""
+    name, _, warning = distance_name(rows, space).partition(" (")
+    return f"{name} ({space})" + (f"\n({warning}" if warning else "")
 
 
 def _error(found: dict[str, Any], scale: float) -> list[list[float]] | None:
