@@ -5,7 +5,7 @@
 #   bench-step       one training step of PRESET against the reference's way, and the strong baseline on a GPU
 #   bench-parts      what each part of that step gives: the step beside itself without the part
 #   bench-sampling   a batch of samples of PRESET, SAMPLER=heun or dpmpp-2m
-#   bench-evaluation the search for nearest neighbours and a whole audit
+#   bench-audit      the search for nearest neighbours and a whole audit
 #   bench-data       the three loaders against the reference's way, and how long a training step waits for data
 #   loss-curve       2,000 steps of digits: does the fast path learn what the reference's arrangement learns?
 #   gpu-suite        all of it on a GPU in MINUTES=8; DEVICE=cpu SCALE=tiny is the rehearsal, and measures nothing
@@ -26,7 +26,7 @@ MINUTES ?= 8
 SOURCES := $(wildcard kernels/csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: install quickstart browser test test-slow test-gpu lint format bench-kernels bench-step bench-parts \
-        bench-sampling bench-evaluation bench-data loss-curve gpu-suite tables reproduce-digits reproduce clean
+        bench-sampling bench-audit bench-data loss-curve gpu-suite tables reproduce-digits reproduce clean
 
 install: $(STAMP)
 
@@ -99,8 +99,8 @@ bench-parts: $(STAMP)
 bench-sampling: $(STAMP)
 	$(BIN)/python benchmarks/sampling_latency.py --preset $(PRESET) --sampler $(SAMPLER)
 
-bench-evaluation: $(STAMP)
-	$(BIN)/python benchmarks/evaluation.py
+bench-audit: $(STAMP)
+	$(BIN)/python benchmarks/audit_time.py
 
 bench-data: $(STAMP)
 	$(BIN)/python benchmarks/data_loading.py

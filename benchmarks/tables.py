@@ -91,7 +91,7 @@ def aimed_at(row: Row, fields: Sequence[str]) -> str:
     said = []
     for target in (t for t in TARGETS if t.field in fields and t.fits(row)):
         value = f"{target.value:g}x" if target.field == "ratio" else f"{_NAMES[target.field]} {target.value:.0%}"
-        value = "60 s" if target.field == "headroom" else value  # evaluation.py's, in how many of it there are
+        value = "60 s" if target.field == "headroom" else value  # audit_time.py's: how many times it fits
         said.append(f"{value} {'reached' if row[target.field] >= target.value else 'missed'}")
     return ", ".join(said) or "-"
 
@@ -135,7 +135,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {  # name: pattern of the work,
         ("work", "size", *_TIMES, "images/s", "theirs, images/s", "CPU us/image", "theirs, CPU us/image"),
     ),
     "waiting": ("wait .*", ("work", "size", "waiting", "target", "ms")),
-    "evaluation": (
+    "audits": (
         "(nearest|audit) .*",
         ("work", "size", "against", "ratio", "target", "ours, ms", "theirs, ms", "spread"),
     ),

@@ -24,6 +24,7 @@ from fastambient.models import blocks, layers
 from fastambient.nvml import Reading
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import audit_time
 import baselines
 import data_loading
 import floor
@@ -242,6 +243,29 @@ def test_the_step_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
     assert row["memory"]["predicted"] > 20 * 422_353 and row["memory"]["measured"] >= 0
     assert 0 < json.loads((tmp_path / "profile.json").read_text())["convolution_share"] < 1
     assert "peak memory of ours" in capsys.readouterr().out
+
+
+def test_the_audit_benchmark_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_time, "read", None)
+    monkeypatch.setattr(
+        sys, "argv", ["audit_time.py", "--device", "cpu", "--quick", "--rounds", "5", "--out", str(tmp_path)]
+    )
+    audit_time.main()
+    rows = json.loads((tmp_path / "audit_time-quick-cpu.json").read_text())["rows"]
+    assert [row["work"] for row in rows] == ["nearest 20 500", "nearest 100 500", "nearest 100 500 flips", "audit 30"]
+    assert rows[0]["competitor"] == "torch.cdist" and rows[0]["ratio"] > 0 and 0 <= rows[0]["agreement"] < 1e-3
+    assert rows[1]["headroom"] == pytest.approx(60e3 / rows[1]["ms"]) and "headroom" not in rows[2]
+    told = [{"device": "x, 2 cores, 1 threads", "date": "d"} | row | {"work": w} for row, w in zip(rows, (
+        "nearest 1000 50000", "nearest 10000 50000", "nearest 10000 50000 flips", "audit 300"), strict=True)]  # fmt: skip
+    page = tables.table("audits", told)
+    assert page.count("60 s reached") == 2 and "| torch.cdist |" in page and page.count("| - | - | - |") == 1
+    told[3]["headroom"] = 0.9
+    assert tables.table("audits", told).count("60 s missed") == 1
+    images = audit_time.pictures(40, 1)
+    assert images.std() > 20 and len({image.tobytes() for image in images}) == 40
+    samples = audit_time.samples_of(images, 20)
+    ours, theirs = audit_time.nearest_two(samples, images), audit_time.by_cdist(samples, images)
+    assert (ours.index[:, 0] == theirs[0][:, 0]).mean() > 0.9, "a blend lies as near to either side"
 
 
 def test_each_part_is_taken_out_alone(tmp_path, monkeypatch):

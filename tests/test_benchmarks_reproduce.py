@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_sweep import here, row  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -223,12 +224,11 @@ def test_where_results_go_is_there_before_the_first_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_rehearsal(tmp_path, here, monkeypatch, capsys):  # noqa: F811
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (60, 16, 16, 3), dtype=np.uint8))
-    drawn = []
+    drawn, run = [], subprocess.run
 
-    def draw(command, **_):
+    def draw(command, **options):
         drawn.append(command)
-        Path(command[-1]).write_bytes(b"a picture")
-        return subprocess.CompletedProcess(command, 0)
+        return run(command, **options) if len(drawn) < 3 else subprocess.CompletedProcess(command, 0)  # drawn by then
 
     monkeypatch.setattr(reproduce.subprocess, "run", draw)
     command = ["--tiny", "--out", str(tmp_path / "out"), "--source", str(tmp_path / "x.npy"), "--seeds", "0",
@@ -239,7 +239,9 @@ def test_a_rehearsal(tmp_path, here, monkeypatch, capsys):  # noqa: F811
     text = (tmp_path / "results.md").read_text()
     assert "## digits-100" in text and "## pictures-16" in text and text.count("\n| early stop |") == 2
     assert (tmp_path / "pareto-digits-100.svg").is_file() and "(pareto-pictures-16.svg)" in text
-    assert (tmp_path / "denoised-digits-100.png").read_bytes() == b"a picture"
+    for name in ("digits-100", "pictures-16"):
+        with Image.open(tmp_path / f"denoised-{name}.png") as picture:
+            assert min(picture.size) > 100 and len(picture.convert("RGB").getcolors(2**20)) > 50, "of all three runs"
     assert "(denoised-pictures-16.png)" in text
     assert [Path(c[-1]).name for c in drawn] == ["denoised-digits-100.png", "denoised-pictures-16.png"]
     assert all(c[3:5] == ["figure", "denoised"] and len(c) == 10 and Path(c[5]).is_dir() for c in drawn)

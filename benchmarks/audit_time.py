@@ -1,6 +1,6 @@
 """How long an audit takes: the exact nearest-neighbour search against torch.cdist, and the two times that were aimed at.
 
-    python benchmarks/evaluation.py [--source SOURCE] [--quick] [--device cpu] [--rounds N] [--json FILE] [--out DIR]
+    python benchmarks/audit_time.py [--source SOURCE] [--quick] [--device cpu] [--rounds N] [--json FILE] [--out DIR]
 
 ``nearest 10000 50000`` are the two nearest of 50,000 images of 32x32 pixels in colour for each of 10,000 samples;
 ``audit 300`` is `fastambient audit` on 300 samples, 300 training and 300 held-out images with EfficientNet-Lite0,
@@ -142,7 +142,7 @@ def main() -> None:
             f"{row['work']:<28}{row['size']:<40}{row['ms'] / 1e3:>9.2f} s"
             + (f", {row['ratio']:.2f}x {row['competitor']}" if "ratio" in row else "")
         )
-    protocol.write([], a, results="evaluation-quick" if a.quick else "evaluation", more=rows)
+    protocol.write([], a, results="audit_time-quick" if a.quick else "audit_time", more=rows)
 
 
 if __name__ == "__main__":
