@@ -128,7 +128,8 @@ class _Resample(torch.autograd.Function):
         adjoint, factor = {"down": ("up", 1.0), "up": ("down", 2.0), "filter": ("filter", 1.0)}[mode]
         if mode == "filter":
             taps, pad = taps[::-1], len(taps) - 1 - pad
-        return _ops[impl](dy, *geometry(taps, adjoint, pad, factor), height, width), *[None] * 6
+        dx = _ops[impl](dy, *geometry(taps, adjoint, pad, factor), height, width)
+        return dx.contiguous(memory_format=memory_format), *[None] * 6  # a dy of one pixel is in either format
 
 
 def _forward(x: Tensor, taps: list[float], mode: str, pad: int, impl: str, height: int, width: int) -> Tensor:
