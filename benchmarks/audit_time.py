@@ -6,7 +6,7 @@
 ``audit 300`` is `fastambient audit` on 300 samples, 300 training and 300 held-out images with EfficientNet-Lite0,
 mirror images included, reading and report, nothing cached. Both are to take less than 60 s on two cores. Pictures are
 smooth ones made here, or those of --source; one sample in ten is a training image, the others are blends of two others.
-Against torch.cdist a tenth of the samples is searched, and the same neighbours have to be found first.
+A tenth of the samples is searched by torch.cdist as well, and distances of those that are no copies have to agree first.
 """
 
 from __future__ import annotations

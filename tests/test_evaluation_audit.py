@@ -282,6 +282,12 @@ def test_mirrored_copies_are_looked_for(folders):
     assert found["fld"]["gap"] > 50 + blind["fld"]["gap"] and found["mifid"]["distance"] < blind["mifid"]["distance"]
 
 
+def test_anothers_samples_beside_a_config_are_audited(folders):
+    shutil.copytree("samples", "theirs/samples")
+    Path("theirs/config.yaml").write_text("")
+    assert audit("theirs/samples", "train", features="none").metrics["counts"]["samples"] == 100
+
+
 def test_few_held_out_images_are_said_to_be_few(sets):
     samples, train, holdout, _ = sets
     few, enough = (evaluate(samples, train, holdout[:n], settings={}).metrics["notes"] for n in (29, 30))
@@ -361,7 +367,8 @@ def _break(what: str, folders) -> list[str]:
         _folder(Path("one"), train[:1])
         return ["--samples", "one", *usual]
     if what == "overviews":
-        shutil.copytree("samples", "run/samples")
+        Path("run/samples").mkdir(parents=True)
+        save_png(Path("run/samples/grid-000000001600.png"), grid(train[:9]))
         Path("run/config.yaml").write_text("")
         return ["--samples", "run/samples", *usual]
     if what == "store resolution":

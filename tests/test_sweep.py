@@ -460,7 +460,12 @@ def test_a_cell_that_fails_is_named_and_the_others_are_measured(tmp_path, here, 
     Here.ran.clear()
     told = sweep(usual, tmp_path / "sweep")
     assert Here.ran == ["ambient-0.2-seed0"] and len(told["cells"]) == 3 and told["failed"] == []
-    fails.append("edm-seed0")
+    fails += ["edm-seed0", "ambient-0.2-seed0"]  # all of the first seed
+    with pytest.raises(FastambientError, match="2 of 4 cells failed"):
+        sweep(asked(kimg=0.016, seeds=(0, 1)), tmp_path / "second")
+    text = (tmp_path / "second" / "table.md").read_text()
+    assert "Failed, and so missing here: edm-seed0, ambient-0.2-seed0." in text
+    assert "pictures of seed 1" in (tmp_path / "second" / "report.html").read_text()
     with pytest.raises(FastambientError, match=r"every cell failed:\nthe cell .*edm-seed0 failed"):
         sweep(asked(sigma_tn=(0,)), tmp_path / "none")
 

@@ -53,7 +53,7 @@ def audit(
     out : where the metrics go; the report goes beside it as ``<stem>-report.html``, the list of pairs as
         ``<stem>-nearest.csv``
     features, weights, preprocess : the embedder, see `load_embedder`; "none" for no embedder
-    flips : a mirrored training image counts as one, too: most generators were trained on both
+    flips : a mirrored training image counts as one, too: many generators were trained on both
     num : pictures to take, chosen by chance with `seed`; None for all
     resolution : pixels to which all pictures are cropped and resized
     cache : folder of features; None for none
@@ -115,7 +115,8 @@ def audit(
 
 def _open(spec: str, resolution: int | None, on_bad_image: str) -> Source:
     """`open_source`, without the overview that `fastambient sample` writes beside its pictures."""
-    if Path(spec).name == "samples" and (Path(spec).parent / "config.yaml").is_file():
+    overviews = sorted(Path(spec).glob("grid-*.png")) if (Path(spec).parent / "config.yaml").is_file() else []
+    if overviews and overviews == sorted(Path(spec).glob("*.*")):
         raise InputError(
             f"{spec} holds the overviews that a run drew of itself, many samples a picture; draw samples one by one:"
             f" fastambient sample {Path(spec).parent} --seeds 0-999 --out DIR"

@@ -140,7 +140,7 @@ def _against(
     frechet = {
         "value": told["fd"],
         "reference": f"holdout ({len(holdout)} images)",
-        **own_distances(samples, train, holdout, seed=seed, device=embedder.device),
+        **own_distances(samples, train, holdout, value=told["fd"], seed=seed, device=embedder.device),
         "dimensions": samples.shape[1],
     }
     advance(1)

@@ -4,10 +4,10 @@ The cache
 ---------
 A file's name is the SHA-256 of the pictures' bytes, shape and dtype, of the embedder's identity (kind, weights and
 preprocessing) and of the versions of the packages that make features, so those of other pictures, weights or
-preprocessing have another name: there is no stale file. Each
-holds its own checksum, and one that does not fit is computed anew and replaced. Files are written whole or not at all,
-so any number of processes may share the folder, and it may be deleted at any time, while it is used as well. Above
-`LIMIT` bytes the files that were used longest ago are removed.
+preprocessing have another name: there is no stale file. Each holds its own checksum, and one that does not fit is
+computed anew and replaced. Files are written whole or not at all, so any number of processes may share the folder, and
+it may be deleted at any time, while it is used as well. Above `LIMIT` bytes the files that were used longest ago are
+removed.
 """
 
 from __future__ import annotations

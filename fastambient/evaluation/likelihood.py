@@ -142,6 +142,8 @@ def likelihood_control(
 ) -> dict[str, Any] | None:
     """What FLD's gap is without copying: that of held-out images in the samples' place, against the other ones.
 
+    Parameters and errors are those of `feature_likelihood_divergence`.
+
     Returns
     -------
     images: k, at most half of the held-out images and at most 1,000; gap: FLD's gap of k of the samples;

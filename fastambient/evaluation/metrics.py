@@ -231,7 +231,7 @@ def _pixel_distances(samples: np.ndarray, train: np.ndarray, holdout: np.ndarray
     with progress("Frechet distance", 2, "sets") as advance:
         told["value"] = distance_of_features(x, reference)
         advance(1)
-        told |= own_distances(x, y, reference, seed=seed)
+        told |= own_distances(x, y, reference, value=told["value"], seed=seed)
         advance(1)
     return told
 
@@ -296,8 +296,8 @@ def few_held_out(count: int) -> str:
     if count >= _FEW:
         return ""
     return (
-        f"The control searches {count} held-out images only: it, and what is left of copying without it, says little;"
-        f" hold back {_FEW} or more."
+        f"The control searches {count} held-out images only: it says little, and so does the copy rate less it; hold"
+        f" back {_FEW} or more."
     )
 
 

@@ -47,11 +47,10 @@ def quality(
     """All figures of the samples against the reference set.
 
     FD is the exact one of `frechet_distance` while float64 copies of the features are small beside what is held anyway
-    (up to 2^26 numbers, 32,768 vectors of 2,048), and that of streamed `Moments` above, which hold two covariances, and
-    on a GPU. KID
-    is the mean over torch-fidelity's 100 subsets of 1,000 and ``kid_std`` their standard deviation; a set of fewer is
-    taken whole each time, so that the deviation is the other set's alone (0 where both are whole). Precision and recall
-    are torch-fidelity's, too; without that package they and KID are None, and a note says so.
+    (up to 2^26 numbers, 32,768 vectors of 2,048), and that of streamed `Moments`, which hold two covariances, above and
+    on a GPU. KID is the mean over torch-fidelity's 100 subsets of 1,000 and ``kid_std`` their standard deviation; a set
+    of fewer is taken whole each time, so that the deviation is the other set's alone (0 where both are whole).
+    Precision and recall are torch-fidelity's, too; without that package they and KID are None, and a note says so.
 
     Parameters
     ----------
@@ -155,25 +154,36 @@ def _count(n: int) -> str:
 
 
 def own_distances(
-    samples: np.ndarray, train: np.ndarray, holdout: np.ndarray, *, seed: int, device: torch.device | str = "cpu"
+    samples: np.ndarray,
+    train: np.ndarray,
+    holdout: np.ndarray,
+    *,
+    value: float,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """The training images' own distance to the held-out ones, for comparison; features [N, D], 2 or more of each.
+
+    Parameters
+    ----------
+    value: the distance of all samples.
 
     Returns
     -------
     train_vs_reference: of all training images. equal_counts: a distance falls as a set grows, so beside it both at as
-    many images, which those of the larger set are chosen by `seed`: {"images", "value", "train_vs_reference"}.
+    many images, those of the larger set chosen by `seed`: {"images", "value", "train_vs_reference"}.
     """
     count, generator = min(len(samples), len(train)), np.random.default_rng(seed)
     own = distance_of_features(train, holdout, device=device)
-    some = [
-        a if len(a) == count else a[np.sort(generator.choice(len(a), count, replace=False))] for a in (samples, train)
-    ]
-    value = distance_of_features(some[0], holdout, device=device)
-    equal = own if some[1] is train else distance_of_features(some[1], holdout, device=device)
+    equal = []
+    for side, whole in ((samples, value), (train, own)):
+        if len(side) > count:
+            some = side[np.sort(generator.choice(len(side), count, replace=False))]
+            whole = distance_of_features(some, holdout, device=device)
+        equal.append(whole)
     return {
         "train_vs_reference": own,
-        "equal_counts": {"images": count, "value": value, "train_vs_reference": equal},
+        "equal_counts": {"images": count, "value": equal[0], "train_vs_reference": equal[1]},
     }
 
 

@@ -253,6 +253,8 @@ def table(summary: dict[str, Any]) -> str:
         f"Chosen sigma_tn: **{choice(summary)}** ({chosen['reason'].removeprefix('none: ')}). Rule: {chosen['rule']}.",
         "",
     ]
+    if failed := summary.get("failed"):
+        lines += [f"Failed, and so missing here: {', '.join(failed)}.", ""]
     ended = {k: [c["stopped_when_copying"] for c in cells if c["kind"] == k] for k in STOPPED}
     if told := [f"{KINDS[k]} in {sum(runs)} of {len(runs)} runs" for k, runs in ended.items() if runs]:
         whole = any(not all(runs) for runs in ended.values())

@@ -223,11 +223,12 @@ def _write(request: SweepRequest, planned: list[Cell], summary: dict[str, Any], 
     plot_pareto(out / "pareto", summary)
     audited = plot_training(out / "training", summary)
     print(text)
+    seed = planned[0].seed  # the first one that has a cell
     features = {} if request.features is None else {"features": request.features}
     runs = [
         evaluate_run(out / c.name, samples=out / c.name / SAMPLES, name=c.name, **features).report  # type: ignore[arg-type]
         for c in planned
-        if c.seed == request.seeds[0]
+        if c.seed == seed
     ]
     chosen = summary["chosen"]
     found = SweepReport(
@@ -239,5 +240,5 @@ def _write(request: SweepRequest, planned: list[Cell], summary: dict[str, Any], 
         (out / "pareto.png").read_bytes(),
         (out / "training.png").read_bytes() if audited else None,
     )
-    title = f"fastambient sweep: {request.data}; pictures of seed {request.seeds[0]}"
+    title = f"fastambient sweep: {request.data}; pictures of seed {seed}"
     write_report(out / "report.html", runs, title=title, sweep=found)

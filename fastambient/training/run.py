@@ -107,8 +107,10 @@ class RunFolder:
 
     def trained_on(self, store: Store) -> bool:
         """Whether this run's store has the same manifest: same images, in the same order, on the same sides."""
-        pinned = self._store_sha256.read_text(encoding="ascii", errors="replace").strip()
-        return pinned == sha256_file(store.path / "manifest.json")
+        pinned = self._store_sha256
+        return pinned.is_file() and pinned.read_text("ascii", "replace").strip() == sha256_file(
+            store.path / "manifest.json"
+        )
 
     def open_clean(self, *, verify: bool = True) -> Store | None:
         """The store of clean images beside a hand-out, or None; errors as `open_store`'s."""
