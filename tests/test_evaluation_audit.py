@@ -22,6 +22,7 @@ from fastambient.evaluation import evaluate
 from fastambient.evaluation.audit import audit
 from fastambient.evaluation.embedders import load_embedder
 from fastambient.evaluation.features import default_cache
+from fastambient.evaluation.frechet import frechet_distance
 from fastambient.evaluation.table import print_found, sentence
 from fastambient.pictures import grid, save_png
 
@@ -285,7 +286,23 @@ def test_mirrored_copies_are_looked_for(folders):
 def test_anothers_samples_beside_a_config_are_audited(folders):
     shutil.copytree("samples", "theirs/samples")
     Path("theirs/config.yaml").write_text("")
-    assert audit("theirs/samples", "train", features="none").metrics["counts"]["samples"] == 100
+    shutil.copy("samples/0000.png", "theirs/samples/grid-1.png")
+    assert audit("theirs/samples", "train", features="none").metrics["counts"]["samples"] == 101
+
+
+@pytest.mark.parametrize("counts", [(140, 60), (40, 60)])
+def test_distances_stand_at_equal_counts(sets, counts):
+    """As many samples as training images, chosen by the seed, each against all held-out images."""
+    (samples, train, holdout, _), (n, m) = sets, counts
+    x, y, z = (a.reshape(len(a), -1) / 127.5 - 1.0 for a in (samples[:n], train[:m], holdout))
+    found = evaluate(samples[:n], train[:m], holdout, seed=4, settings={}).metrics["frechet"]["pixel"]
+    k = min(n, m)
+    some = np.sort(np.random.default_rng(4).choice(max(n, m), k, replace=False))
+    assert found["equal_counts"]["images"] == k and found["value"] == pytest.approx(frechet_distance(x, z))
+    assert found["equal_counts"]["value"] == pytest.approx(frechet_distance(x[some] if n > m else x, z))
+    own = frechet_distance(y[some] if m > n else y, z)
+    assert found["equal_counts"]["train_vs_reference"] == pytest.approx(own)
+    assert found["train_vs_reference"] == pytest.approx(frechet_distance(y, z))
 
 
 def test_few_held_out_images_are_said_to_be_few(sets):
