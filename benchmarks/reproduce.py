@@ -3,7 +3,8 @@
     python benchmarks/reproduce.py --out runs/reproduce --source pictures.zip --table docs/results.md
 
 Parts, each also alone (--part): digits (8x8, 30, 100 and 300 training images: digits-30 ...), pictures (--source
-at 16x16 and 32x32, 300 training images: pictures-16, pictures-32; 100 at 16x16, a third of the time: pictures-16-100),
+at 16x16 and 32x32, 300 training images: pictures-16, pictures-32; 100 at 16x16, a third of the time: pictures-16-100,
+and with twice the audits in a network's features: pictures-16-100-audited),
 figures (denoised images over noise levels: much data, little data by EDM, little data ambient).
 Everything is resumable: the same command goes on, finished cells are kept. Hours on 2 cores, minutes on a GPU. A part's
 seeds may be measured one after the other, on other days or machines (--seeds 2): each sweep's cells join those that
@@ -33,12 +34,16 @@ SEEDS = (0, 1, 2)
 NUM = 1000
 DIGITS = {100: 64.0, 300: 192.0, 30: 24.0}  # training images: kimg, 640 to 800 epochs
 # kimg between audits of every run: where few images are copied before quality has come, early stopping costs most.
-AUDITED = {"digits-30": (2.0, "evaluation.audit_num=512"), "digits-300": (16.0,)}
+AUDITED = {
+    "digits-30": (2.0, "evaluation.audit_num=512"), "digits-300": (16.0,),
+    "pictures-16-100-audited": (6.0, "evaluation.audit_num=512", "evaluation.audit_features=efficientnet-lite0"),
+}  # fmt: skip
 DIGITS_SIGMA_TN = (0.0, 0.1, 0.2, 0.4)
 COMPARED = ("fresh-noise", "weight-decay", "early-stop")
 PICTURES = {  # resolution, training images, kimg, kimg between audits, precision (bf16: half the time, or less)
     "pictures-16": (16, 300, 288.0, 24.0, "bf16"), "pictures-32": (32, 300, 288.0, 24.0, "bf16"),
     "pictures-16-100": (16, 100, 96.0, 12.0, None),
+    "pictures-16-100-audited": (16, 100, 84.0, 6.0, "bf16"),
 }  # fmt: skip
 # Small batches, large steps, no dropout: by the presets' own settings 300 pictures of 16x16 had copied nothing after 84
 # kimg; by these, 100 pictures begin to after 360 passes. Distances are a network's, where photographs are told apart.
@@ -62,7 +67,7 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
     found: dict[str, SweepRequest] = {}
 
     def add(
-        name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: str,
+        name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: str | None,
         every: float | None = None, features: str | None = None, baselines: tuple[str, ...] = COMPARED,
     ) -> None:  # fmt: skip
         group = name.partition("-")[0]
@@ -77,7 +82,7 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
             data=data, sigma_tn=sigma_tn, baselines=baselines, kimg=kimg, assignments=set_here, audit_every=every,
             features=features, **common,
         )  # fmt: skip
-        if "figures" in a.part:
+        if "figures" in a.part and many is not None:
             other = [x if not x.startswith("data.train=") else f"data.train={many}" for x in set_here]
             much = {"seeds": a.seeds[:1], "sigma_tn": (0.0,)}
             found[f"{name}-many"] = SweepRequest(
@@ -90,12 +95,14 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
         for name, (pixels, images, kimg, every, precision) in PICTURES.items():
             train, holdout, many = (20, 10, 30) if a.tiny else (images, PICTURES_HOLDOUT, MANY["pictures"])
             settings = [] if a.tiny else [*PICTURES_SET, *([f"training.precision={precision}"] if precision else [])]
-            levels = tuple(scale * default_sigma_tn(pixels) for scale in SCALES)
+            curve = name in AUDITED  # of quality against copying while they train: few runs, many samples
+            scales = (0.0, 1.0) if curve and not a.tiny else SCALES
+            levels = tuple(scale * default_sigma_tn(pixels) for scale in scales)
             add(
                 name, a.source, levels, kimg, f"data.resolution={pixels}", f"data.train={train}",
-                f"data.holdout={holdout}", *settings, many=str(many),
+                f"data.holdout={holdout}", *settings, many=None if curve else str(many),
                 every=None if a.tiny else every, features=None if a.tiny else PICTURES_FEATURES,
-                baselines=(*COMPARED, "ambient-stop"),
+                baselines=("fresh-noise",) if curve else (*COMPARED, "ambient-stop"),
             )  # fmt: skip
     return found
 

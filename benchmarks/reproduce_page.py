@@ -23,23 +23,24 @@ READING = ("<!-- reading: begin -->", "<!-- reading: end -->")
 _GROWS = ("seeds", "sigma_tn", "baselines")  # settings of the sweep, not of its cells: more of them may come later
 
 
-def differences(summary: dict[str, Any], *, at_best: bool = False) -> list[dict[str, Any]]:
+def differences(summary: dict[str, Any], *, at: str | None = None) -> list[dict[str, Any]]:
     """Each ambient model against each baseline, seed by seed: mean differences with Student's 95 % intervals.
 
-    at_best : of each run's best audit instead of its end; copying is at most the target there, and distance alone counts
+    at : "best", of each run's best audit instead of its end, or "passing", where its copying passes the target: copying is
+        at most the target there, or equal, and distance alone counts
     clear : better in copies or in FD, the interval without 0, and not so worse in the other
     """
-    cells = [c | (c["best"] or {}) for c in summary["cells"] if c.get("best")] if at_best else summary["cells"]
-    left_out = STOPPED if at_best else ("ambient-stop",)
+    cells = [c | c[at] for c in summary["cells"] if c.get(at)] if at else summary["cells"]
+    left_out = STOPPED if at else ("ambient-stop",)
     baselines = ("edm", *(k for k in KINDS if k in BASELINES and k not in left_out))
-    deciding = ("fd",) if at_best else ("excess", "fd")
+    deciding = ("fd",) if at else ("excess", "fd")
 
     def seeds_of(kind: str, sigma_tn: float) -> dict[int, dict[str, Any]]:
         return {c["seed"]: c for c in cells if c["kind"] == kind and c["sigma_tn"] == sigma_tn}
 
     rows = []
     pairs = [(level, "ambient", kind) for level in _levels(cells, "ambient") for kind in baselines]
-    if not at_best:  # like against like, both where the rule ended them
+    if not at:  # like against like, both where the rule ended them
         pairs += [(level, "ambient-stop", "early-stop") for level in _levels(cells, "ambient-stop")]
     for sigma_tn, own, kind in pairs:
         ours = seeds_of(own, sigma_tn)
@@ -139,8 +140,13 @@ def section(name: str, found: dict[str, Any], figure: str | None = None) -> list
             else "Both stopped by the same rule, ambient models and EDM are not told apart.",
             "",
         ]
-    if best := differences(summary, at_best=True):
+    if best := differences(summary, at="best"):
         lines += _comparison("The same where each run is best, so that EDM is EDM stopped early", best)
+    if equal := differences(summary, at="passing"):
+        lines += _comparison(
+            f"The same where copying passes {100 * TARGET:g} %, so that both copy alike; a run that never does is not here",
+            equal,
+        )
     if figure is not None:
         lines += [
             "Denoised images, columns: noise levels; rows, from the top: EDM on much data, EDM and the ambient model on"

@@ -52,12 +52,12 @@ def test_what_is_clear_of_the_noise():
 def test_each_run_where_it_is_best(tmp_path):
     """Distances alone decide there, and early-stop, which is EDM again, is left out."""
     summary = swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("early-stop", 0, 0.1, 1.9))
-    assert reproduce_page.differences(summary, at_best=True) == []
+    assert reproduce_page.differences(summary, at="best") == []
     for cell in summary["cells"]:
         fd = {"edm": 1.4, "ambient": 1.3 + 0.01 * cell["seed"], "early-stop": 1.0}[cell["kind"]]
         best = {"kimg": 10.0, "samples": 512, "excess": 0.02 * cell["sigma_tn"] * 5, "fd": fd}
         cell |= {"best": best, "audits": [best | {"kimg": 5.0, "fd": 9.0}, best]}
-    (found,) = reproduce_page.differences(summary, at_best=True)
+    (found,) = reproduce_page.differences(summary, at="best")
     assert (found["against"], found["found"], found["seeds"]) == ("edm", "better", 3)
     assert found["fd"]["mean"] == pytest.approx(-0.09) and found["excess"]["mean"] == pytest.approx(0.02)
     reproduce_page.merge(tmp_path / "sweep-a.json", summary, **DAY)
@@ -66,6 +66,22 @@ def test_each_run_where_it_is_best(tmp_path):
     assert "(training-a.svg)" in (tmp_path / "results.md").read_text()
     svg = (tmp_path / "training-a.svg").read_text()
     assert "<!-- ambient 0.2 -->" in svg and "<!-- EDM -->" in svg and "<!-- early stop -->" not in svg
+
+
+def test_each_run_where_its_copying_passes_the_target(tmp_path):
+    """Both copy alike there, so that the distance decides; a seed whose run never passes it is left out."""
+    summary = swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5))
+    for cell in summary["cells"]:
+        far = 2.0 + 0.01 * cell["seed"] - (0.5 if cell["kind"] == "ambient" else 0)
+        last = 0.04 if cell["name"] == "ambient-0.2-2" else 0.06
+        pairs = ((5.0, 0.0, far), (6.0, last, far))
+        cell["audits"] = [{"kimg": k, "samples": 512, "excess": e, "fd": fd} for k, e, fd in pairs]
+    summary |= summarize(summary["cells"], target=0.05, within=0.1)
+    (found,) = reproduce_page.differences(summary, at="passing")
+    assert (found["seeds"], found["found"]) == (2, "better") and found["fd"]["mean"] == pytest.approx(-0.5)
+    assert found["excess"]["mean"] == pytest.approx(0.0)
+    reproduce_page.merge(tmp_path / "sweep-a.json", summary, **DAY)
+    assert "The same where copying passes 5 %, so that both copy alike" in reproduce_page.document(tmp_path)
 
 
 def test_ambient_and_edm_stopped_by_the_same_rule_are_compared(tmp_path):
@@ -186,7 +202,10 @@ def test_the_sweeps_of_each_part():
     assert {len(cells(r)) for r in found.values()} == {27} and found["digits-300"].kimg == 192
     found = reproduce.requests(arguments("--part", "pictures,figures", "--source", "x.zip", "--gpus", "0"))
     names = ["pictures-16", "pictures-32", "pictures-16-100"]
-    assert list(found) == [name for each in names for name in (each, f"{each}-many")]
+    assert list(found) == [*(name for each in names for name in (each, f"{each}-many")), "pictures-16-100-audited"]
+    audited = found.pop("pictures-16-100-audited")
+    assert audited.audit_every == 6 and "evaluation.audit_features=efficientnet-lite0" in audited.assignments
+    assert audited.sigma_tn == (0, 0.375) and len(cells(audited)) == 9
     assert found["pictures-16-100"].kimg == 96 and "data.train=100" in found["pictures-16-100"].assignments
     assert {r.features for r in found.values()} == {"efficientnet-lite0"}
     assert found["pictures-16"].audit_every == 24

@@ -208,6 +208,39 @@ def test_each_run_at_its_best_audit():
     assert "best" not in table(summarize([row("edm", 0, 0, 0.6, 3.0)], target=0.05, within=0.1)).partition("Chosen")[0]
 
 
+def test_where_copying_passes_the_target():
+    """In proportion between two audits, for the first time; none where it never does, or was above it from the start."""
+    rows = [
+        audited(
+            row("edm", 0, 0, 0.6, 3.0), (1, 0.0, 2.0), (2, 0.03, 1.8), (3, 0.11, 1.4), (4, 0.02, 9.0), (5, 0.2, 9.0)
+        ),
+        audited(row("edm", 0, 1, 0.6, 3.0), (1, 0.05, 1.7), (2, 0.15, 1.5)),
+        audited(row("ambient", 0.2, 0, 0.1, 3.0), (1, 0.0, 1.4), (2, 0.03, 1.4), (3, 0.2, 1.2)),
+        audited(row("ambient", 0.2, 1, 0.1, 3.0), (1, 0.0, 1.4), (2, 0.05, 1.4)),
+    ]
+    above = audited(row("edm", 0, 2, 0.6, 3.0), (1, 0.2, 1.4), (2, 0.3, 1.4))["audits"]
+    assert sweep_results.passing(above, 0.05) is None and sweep_results.passing([], 0.05) is None
+    found = summarize(rows, target=0.05, within=0.1)
+    assert [c["passing"] and c["passing"]["kimg"] for c in found["cells"]] == [
+        pytest.approx(2.25), 1, pytest.approx(2 + 2 / 17), None,
+    ]  # fmt: skip
+    edm, ambient = found["configurations"]
+    assert edm["passing"]["fd"]["mean"] == pytest.approx((1.7 + 1.7) / 2) and ambient["passing"] is None
+    lines = [line for line in table(found).splitlines() if line.startswith(("| EDM", "| model"))]
+    assert lines[2].endswith("| 5 % at kimg | FD there |") and " 1.62 | 1.7 (1.7 to 1.7) |" in lines[3]
+    assert sum(line.endswith("| - | - |") for line in table(found).splitlines()) == 1
+
+
+def test_an_audits_distance_is_in_the_features_that_it_names(tmp_path):
+    cells_ = [audited(row("edm", 0, 0, 0.6, 3.0), (1, 0.0, 2.0), (2, 0.03, 1.8))]
+    for audit in cells_[0]["audits"]:
+        audit |= {"embedder": "inception", "dimensions": 2048, "references": 1000}
+    found = summarize(cells_, target=0.05, within=0.1)
+    assert "512 samples, inception space" in table(found) and "| FID-512 vs held-out (fewer" in table(found)
+    sweep_plot.plot_training(tmp_path / "training", found)
+    assert "<!-- FID-512 vs held-out (inception) -->" in (tmp_path / "training.svg").read_text()
+
+
 def test_the_cells():
     found = cells(SweepRequest(sigma_tn=(0, 0.1, 0.2), seeds=(3, 4), baselines=BASELINES))
     names = [c.name for c in found]

@@ -18,6 +18,9 @@ from fastambient.data.preparation import prepare
 from fastambient.data.sources import open_source
 from fastambient.errors import FastambientError, InputError
 from fastambient.evaluation import evaluate
+from fastambient.evaluation.embedders import load_embedder
+from fastambient.evaluation.features import features
+from fastambient.evaluation.frechet import frechet_distance
 from fastambient.sampling import load, sample
 from fastambient.training import audits, audits_plot, checkpoint, loop
 from fastambient.training.audits import AuditSets, check_audits, last_allowed, measure
@@ -58,7 +61,7 @@ def test_planted_copies_are_counted_as_an_evaluation_counts_them():
     assert row["copies"] == 24 and row["rate"] == 0.4 and row["samples"] == 60
     assert row["holdout_rate"] == gap["holdout_rate"] == 0.05
     assert row["train_rate"] == control["train_rate"] < 0.4, "at the control's count"
-    assert row["ci95"] == gap["ci95"] and row["fd"] == told["frechet"]["pixel"]["value"]
+    assert row["ci95"] == gap["ci95"] and row["fd"] == pytest.approx(told["frechet"]["pixel"]["value"], rel=1e-6)
     assert audits.excess(row) == row["train_rate"] - 0.05
     assert "among as many training images" in audits.audit_line(row | {"kimg": 1, "seconds": 2})
 
@@ -67,6 +70,30 @@ def test_a_large_held_out_set_is_thinned_for_the_distance_alone(monkeypatch):
     monkeypatch.setattr(audits, "_MOST_NUMBERS", 64 * 10)
     sets = AuditSets.of(_set(20, 1), _set(30, 2), flips=False, seed=0)
     assert len(sets.control) == 20 and len(sets.reference) == 10 and sets.train_some is sets.train
+
+
+def test_the_distance_in_a_networks_features(tmp_path, monkeypatch, capsys):
+    """That of the embedder that is named, which training does not notice either; weights are looked for before it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seen = []
+    for name, more in (("pixels", ()), ("network", ("evaluation.audit_features=efficientnet-lite0",))):
+        path = make_run(tmp_path / name, *AUDITED, "data.holdout=20", *more)
+        train_here(path)
+        seen.append(load_file(path / "model.safetensors"))
+    assert all(torch.equal(v, seen[1][k]) for k, v in seen[0].items())
+    pixels, network = (RunFolder(tmp_path / name).read_audits() for name in ("pixels", "network"))
+    assert {(r["embedder"], r["dimensions"]) for r in pixels} == {("pixel", 64)}
+    assert {(r["embedder"], r["dimensions"]) for r in network} == {("efficientnet-lite0", 1280)}
+    assert "in features of EfficientNet-Lite0" in capsys.readouterr().err
+    drawn, embedder = sample(load(path), range(6)).numpy(), load_embedder("efficientnet-lite0")
+    store = RunFolder(path).open_store()
+    expected = frechet_distance(*(features(x, embedder) for x in (drawn, store.holdout.images[:])))
+    assert network[-1]["fd"] == pytest.approx(expected, rel=1e-6)
+    assert [r["copies"] for r in pixels] == [r["copies"] for r in network]
+    for value, message in (("dinov2-vitb14", "dinov2"), ("none", "pixel or a network"), ("nothing", "no embedder")):
+        asked = ["training.audit_kimg=1", f"evaluation.audit_features={value}"]
+        with pytest.raises(InputError, match=message):
+            plan(TrainRequest(data="digits", preset="digits", assignments=asked))
 
 
 def test_training_does_not_notice_its_audits(tmp_path, monkeypatch, figures):
@@ -96,7 +123,7 @@ def test_training_does_not_notice_its_audits(tmp_path, monkeypatch, figures):
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
     rows = RunFolder(audited).read_audits()
     assert [row["nimg"] for row in rows] == [40, 80, 120, 160]
-    keys = ["nimg", "kimg", "samples", "references", "dimensions", "copies", "rate", "ci95", "train_rate", "holdout_rate",
+    keys = ["nimg", "kimg", "samples", "references", "embedder", "dimensions", "copies", "rate", "ci95", "train_rate", "holdout_rate",
             "fd", "seconds"]  # fmt: skip
     assert all(list(row) == keys and row["samples"] == 6 for row in rows)
     assert figures == [(1, None), (2, None), (3, None), (4, None)]

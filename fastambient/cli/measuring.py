@@ -196,7 +196,8 @@ def sweep(
     audit_every: Annotated[
         float | None,
         option(
-            "audit every run while it trains, and compare them where each is best: early stopping for all",
+            "audit every run while it trains, and compare them where each is best, and where each passes --target: early"
+            " stopping for all; distances in pixels, or --set evaluation.audit_features=NAME",
             "--audit-every",
             metavar="KIMG",
             default="those that may stop alone",

@@ -234,6 +234,16 @@ def train(
             default="never; with --stop-when-copying a tenth of the run",
         ),
     ] = None,
+    audit_features: Annotated[
+        str | None,
+        option(
+            "embedder of the audits' Frechet distance, one of evaluate's --features; a network tells photographs apart"
+            " better than pixels do, and takes longer",
+            "--audit-features",
+            metavar="NAME",
+            default="pixel",
+        ),
+    ] = None,
     stop_when_copying: Annotated[
         float | None,
         option(
@@ -285,7 +295,8 @@ def train(
             "--set": assignments, "--checkpoint-kimg": checkpoint_kimg, "--checkpoint-levels": checkpoint_levels,
             "--weighting": weighting, "--noise": noise, "--augment-ambient": augment_ambient, "--clean": clean,
             "--regime": regime, "--stream": stream, "--loader": loader, "--audit-every": audit_every,
-            "--stop-when-copying": stop_when_copying, "--dry-run": dry_run or None, "--force": force or None,
+            "--audit-features": audit_features, "--stop-when-copying": stop_when_copying,
+            "--dry-run": dry_run or None, "--force": force or None,
         }  # fmt: skip
         for name, value in given.items():
             if value is not None and value != []:
@@ -309,6 +320,7 @@ def train(
             "augment_ambient": augment_ambient and augment_ambient.value,
             "audit_kimg": audit_every, "stop_when_copying": stop_when_copying,
         },
+        "evaluation": {"audit_features": audit_features},
     }  # fmt: skip
     request = start.TrainRequest(
         data=data, preset=preset, config=config, assignments=assignments or [], noise_seed=noise_seed, fit=fit,

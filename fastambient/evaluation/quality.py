@@ -134,11 +134,14 @@ def figure_name(
 
 def distance_name(rows: Sequence[dict[str, Any]], embedder: str) -> str:
     """`figure_name` of the Frechet distances of rows (samples; dimensions and references where they are known) in the
-    features of an embedder; more than one name where they differ."""
-    metric = "FID" if embedder == "inception" else "FD"
+    features of the row's embedder, or else of `embedder`; more than one name where they differ."""
     names = (
         figure_name(
-            metric, row["samples"], "held-out", dimensions=row.get("dimensions") or 0, references=row.get("references")
+            "FID" if (row.get("embedder") or embedder) == "inception" else "FD",
+            row["samples"],
+            "held-out",
+            dimensions=row.get("dimensions") or 0,
+            references=row.get("references"),
         )
         for row in rows
     )

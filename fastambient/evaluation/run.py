@@ -105,7 +105,7 @@ def evaluate_run(
         raise InputError(f"--out {target} {what}; name a file in a folder that exists")
     if num is not None and num < 2:
         raise InputError(f"--num must be 2 or more, got {num}")
-    embedder = open_embedder(*_embedder_settings(e, features, weights, preprocess), device=device)
+    embedder = open_embedder(*embedder_settings(e, features, weights, preprocess), device=device)
     seeds, gap, stats = None, None, run.read_stats()
     trained = stats[-1]["nimg"] / 1000 if stats else None  # in kimg
     if samples is not None:
@@ -169,7 +169,7 @@ def open_embedder(features: str, weights: Path | None, preprocess: str, *, devic
     return None
 
 
-def _embedder_settings(
+def embedder_settings(
     e: EvaluationSettings, features: str | None, weights: Path | None, preprocess: str | None
 ) -> tuple[str, Path | None, str]:
     """What was asked for, else the run's settings; those belong together, so another network takes none of them."""

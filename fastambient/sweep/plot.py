@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastambient.evaluation.quality import distance_name
-from fastambient.sweep.results import KINDS, STOPPED
+from fastambient.sweep.results import KINDS, STOPPED, audit_space
 from fastambient.training.audits_plot import save_figure
 
 _STYLE = {  # colour and marker: curves differ by more than colour
@@ -68,9 +68,9 @@ def plot_pareto(path: Path, summary: dict[str, Any]) -> None:
 
 
 def plot_training(path: Path, summary: dict[str, Any]) -> bool:
-    """Copies (controlled) and Frechet distance in pixel space over images seen, of the audits that every run made while
-    it trained: a curve a configuration, the mean over its seeds, in a band from the lowest to the highest seed. What
-    the rule stopped is EDM or ambient up to its end and has none.
+    """Copies (controlled) and Frechet distance over images seen, and the distance over copies, of the audits that every
+    run made while it trained: a curve a configuration, the mean over its seeds, in a band from the lowest to the
+    highest seed. What the rule stopped is EDM or ambient up to its end and has none.
 
     Returns
     -------
@@ -82,8 +82,8 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
     runs = [c for c in summary["cells"] if c["kind"] not in STOPPED and len(c.get("audits") or ()) > 1]
     if not runs:
         return False
-    figure = Figure(figsize=(10.0, 4.4), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure = Figure(figsize=(13.5, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3)
     levels = sorted({c["sigma_tn"] for c in runs if c["sigma_tn"]})
     for kind, level in dict.fromkeys((c["kind"], c["sigma_tn"]) for c in runs):
         each = [c["audits"] for c in runs if (c["kind"], c["sigma_tn"]) == (kind, level)]
@@ -92,19 +92,28 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
         map_name, dashes = {"ambient": ("Blues", "-"), "fresh-noise": ("Oranges", "--")}.get(kind, ("", ""))
         color = colormaps[map_name](shade) if map_name else _STYLE["weight-decay"][0] if kind != "edm" else "#222222"
         label = KINDS[kind] + (f" {level:g}" if level else "")
-        for axes, key, scale in zip(panels, ("excess", "fd"), (100, 1), strict=True):
+        style: dict[str, Any] = {
+            "color": color, "linestyle": dashes or "-.", "marker": _STYLE[kind][1], "markersize": 3, "label": label,
+        }  # fmt: skip
+        means = {}
+        for axes, key, scale in zip(panels, ("excess", "fd"), (100, 1), strict=False):
             seeds = [[scale * a[key] for a in audits if a["kimg"] in at] for audits in each]
-            mean = [sum(values) / len(values) for values in zip(*seeds, strict=True)]
-            axes.plot(
-                at, mean, color=color, linestyle=dashes or "-.", marker=_STYLE[kind][1], markersize=3, label=label
-            )
+            means[key] = mean = [sum(values) / len(values) for values in zip(*seeds, strict=True)]
+            axes.plot(at, mean, **style)
             if len(each) > 1:
                 low, high = ([edge(values) for values in zip(*seeds, strict=True)] for edge in (min, max))
                 axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
-    distance = _distance([a for c in runs for a in c["audits"]], "pixel")
-    for axes, what in zip(panels, ("copies less those of the control (% of samples)", distance), strict=True):
-        axes.set_xlabel("images seen (kimg)")
-        axes.set_ylabel(what)
+        panels[2].plot(means["excess"], means["fd"], **style)
+    rows = [a for c in runs for a in c["audits"]]
+    seen, copies, distance = (
+        "images seen (kimg)",
+        "copies less those of the control (% of samples)",
+        _distance(rows, audit_space(rows)),
+    )
+    panels[2].axvline(100 * summary["chosen"]["target"], color="#777777", linewidth=0.9, linestyle=":")
+    for axes, (x, y) in zip(panels, ((seen, copies), (seen, distance), (copies, distance)), strict=True):
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(top=max(panels[0].get_ylim()[1], 1.0))

@@ -10,7 +10,8 @@ Where none meets it, none is chosen, and the summary says what was missed. Model
 copy nothing either, and are never chosen.
 
 Where every run was audited while it trained, a second question is answered: how good is each at the audit of the least
-distance among those that copy at most TARGET. That is early stopping for all, at the same copying.
+distance among those that copy at most TARGET, and how good where copying passes TARGET. That is early stopping for all,
+and the latter at the same copying.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from fastambient.training.run import RunFolder
 SAMPLES, MEASURED = "samples.npz", "measured.json"  # of a cell's run folder
 WITHIN = 0.10
 STOPPED = ("early-stop", "ambient-stop")  # EDM and ambient again, up to where the stop rule ended them
+_OF_AN_AUDIT = ("kimg", "samples", "fd", "embedder", "dimensions", "references")
 _FAR = 2.0  # times the training images' own distance: from there on no model has learnt the set yet
 KINDS = {
     "edm": "EDM", "ambient": "ambient", "fresh-noise": "fresh noise", "weight-decay": "weight decay",
@@ -56,7 +59,7 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
     kimg : images that the weights have seen; below `kimg_trained` where the stop rule went back
     train_fd : of the training images themselves; equal_counts : of as many samples and training images
     doubt : why a low copy rate says nothing here, "" where it does
-    audits : kimg, samples, excess and fd (in pixel space) of each audit while it trained
+    audits : kimg, samples, excess and fd (in the features of `embedder`) of each audit while it trained
     """
     metrics = json.loads((path / MEASURED).read_text())["metrics"]
     m, spaces = metrics["memorization"], metrics["frechet"]
@@ -77,7 +80,7 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
         "references": metrics["counts"]["holdout"], "train_images": metrics["counts"]["train"],
         "train_fd": spaces[space]["train_vs_reference"], "equal_counts": spaces[space]["equal_counts"],
         "doubt": doubt(metrics), "audits": [
-            {n: row.get(n) for n in ("kimg", "samples", "fd", "dimensions", "references")} | {"excess": excess(row)}
+            {n: row.get(n) for n in _OF_AN_AUDIT} | {"excess": excess(row)}
             for row in RunFolder(path).read_audits()
         ],
     }  # fmt: skip
@@ -86,6 +89,22 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
 def best_audit(audits: Sequence[dict[str, Any]], target: float) -> dict[str, Any] | None:
     """The one of the least distance among those whose controlled copy rate is at most `target`; None without any."""
     return min((a for a in audits if a["excess"] <= target), key=lambda a: a["fd"], default=None)
+
+
+def passing(audits: Sequence[dict[str, Any]], target: float) -> dict[str, Any] | None:
+    """Where the controlled copy rate passes `target` for the first time: kimg and fd, in proportion between the audit
+    before and the one that is above it; what the distances are (samples, embedder ...) is theirs. None where it never
+    does, or did before the first audit."""
+    for before, after in pairwise(audits):
+        if before["excess"] <= target < after["excess"]:
+            part = (target - before["excess"]) / (after["excess"] - before["excess"])
+            return after | {n: before[n] + part * (after[n] - before[n]) for n in ("kimg", "excess", "fd")}
+    return None
+
+
+def audit_space(rows: Sequence[dict[str, Any]]) -> str:
+    """The embedders of audits' distances; those that name none are in pixels."""
+    return ", ".join(dict.fromkeys(row.get("embedder") or "pixel" for row in rows))
 
 
 def cell_line(row: dict[str, Any]) -> str:
@@ -111,7 +130,11 @@ def summarize(cells: Sequence[dict[str, Any]], *, target: float, within: float) 
     seeds, the chosen sigma_tn and why, and every cell. Where all seeds have the same rate, its interval is that of all
     their samples together, and there is none of the controlled rate."""
     configurations = []
-    cells = [c | {"best": best_audit(c.get("audits", ()), target)} for c in cells]
+    cells = [
+        c | {"best": best_audit(audits, target), "passing": passing(audits, target)}
+        for c in cells
+        for audits in (c.get("audits") or (),)
+    ]
     for kind, sigma_tn in dict.fromkeys((c["kind"], c["sigma_tn"]) for c in cells):
         rows = [c for c in cells if (c["kind"], c["sigma_tn"]) == (kind, sigma_tn)]
         found: dict[str, Any] = {"kind": kind, "sigma_tn": sigma_tn, "seeds": [c["seed"] for c in rows]}
@@ -134,8 +157,10 @@ def summarize(cells: Sequence[dict[str, Any]], *, target: float, within: float) 
         both = both or [(c["fd"], c["train_fd"]) for c in rows if c.get("train_fd") is not None]
         found["times_train_fd"] = float(np.mean([fd / max(own, 1e-12) for fd, own in both])) if both else None
         found["doubt"] = next((c["doubt"] for c in rows if c.get("doubt")), "")
-        best = [c["best"] for c in rows]
-        found["best"] = {n: over_seeds([b[n] for b in best]) for n in ("kimg", "excess", "fd")} if all(best) else None
+        for key in ("best", "passing"):
+            each = [c[key] for c in rows]
+            means = {n: over_seeds([b[n] for b in each]) for n in ("kimg", "excess", "fd")} if all(each) else None
+            found[key] = means
         configurations.append(found)
     order = list(KINDS)
     configurations.sort(key=lambda c: (order.index(c["kind"]), c["sigma_tn"]))
@@ -262,19 +287,21 @@ def table(summary: dict[str, Any]) -> str:
         lines += [f"The stop rule ended {', '.join(told)}{same}.", ""]
     if audited:
         ends = [c["best"] for c in cells if c["best"]]
-        samples = ends[0]["samples"]
+        samples, limit = ends[0]["samples"], f"{100 * chosen['target']:g} %"
         lines += [
-            f"Each stopped at its best: the audit of the least FD among those with at most {100 * chosen['target']:g} %"
-            f" copies above the control ({samples:,} samples, pixel space; the FD that is shown is the one that was"
-            " chosen by, for all alike):",
+            f"Each stopped at its best: the audit of the least FD among those with at most {limit} copies above the"
+            f" control ({samples:,} samples, {audit_space(ends)} space; the FD that is shown is the one that was chosen"
+            f" by, for all alike). The last two columns: where copying passes {limit}, between the audits before and"
+            " after; FD there is at the same copying for all.",
             "",
             "| model | sigma_tn | seeds | kimg | less the control |"
-            f" {distance_name(ends, 'pixel').replace('|', 'or')} |",
-            "|---|---|---|---|---|---|",
+            f" {distance_name(ends, 'pixel').replace('|', 'or')} | {limit} at kimg | FD there |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {KINDS[c['kind']]} | {c['sigma_tn']:g} | {len(c['seeds'])} | {c['best']['kimg']['mean']:.3g} |"
             f" {100 * c['best']['excess']['mean']:.1f} % | {number(c['best']['fd'])} |"
+            + (f" {at['kimg']['mean']:.3g} | {number(at['fd'])} |" if (at := c["passing"]) else " - | - |")
             for c in audited
         ]
         lines.append("")

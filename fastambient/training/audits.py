@@ -2,8 +2,8 @@
 
 audits.jsonl, a row an audit: nimg, kimg, samples (drawn, seeds 0..n-1), copies, rate and ci95 (gap ratio below the
 threshold, among all training images), train_rate (the same among as many training images as the control searches),
-holdout_rate (the control: held-out images), fd (Frechet distance to `references` held-out images, in pixel space, of
-`dimensions`), seconds.
+holdout_rate (the control: held-out images), fd (Frechet distance to `references` held-out images, in the features of
+`embedder`, of `dimensions`; evaluation.audit_features, pixels by default), seconds.
 
 An audit draws from Philox at its sample seeds and from generators of its own, and loads the EMA weights into a copy of
 the network: training's numbers are the same with and without it. Every rank draws its share of the samples; rank 0
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,7 +33,11 @@ from fastambient.training.config import Settings
 from fastambient.training.distributed import World
 from fastambient.training.run import RunFolder
 
+if TYPE_CHECKING:
+    from fastambient.evaluation.embedders import Embedder
+
 _MOST_NUMBERS = 2**25  # of held-out pixels in float64 (256 MiB); a Frechet distance takes a few times as much
+_MOST_EMBEDDED = 10_000  # held-out images that a network sees: minutes on a CPU, once
 _SNAPSHOTS = 2  # weights of the last audits at or below the rate that are kept
 
 
@@ -66,6 +70,20 @@ def need_holdout(what: str, settings: Settings, data: Source | Store | ShardStre
         )
 
 
+def audit_embedder(settings: Settings, *, device: str = "cpu") -> Embedder:
+    """That of the audits' Frechet distance; the run's own weights and preprocessing where it is the evaluation's, too.
+
+    InputError as of `load_embedder`.
+    """
+    from fastambient.evaluation.run import embedder_settings, open_embedder
+
+    e = settings.evaluation
+    with torch.random.fork_rng():  # a network is built with random weights before it gets its own
+        found = open_embedder(*embedder_settings(e, e.audit_features, None, None), device=device)
+    assert found is not None  # by the settings' check
+    return found
+
+
 @dataclass(frozen=True)
 class AuditSets:
     """What samples are measured against: chosen once, so that all audits of a run, and its evaluation, agree.
@@ -73,37 +91,47 @@ class AuditSets:
     train : uint8 [N, C, H, W], all training images
     train_some : as many distinct ones as `control` has; `train` itself where those are all
     control : uint8 [K, C, H, W], distinct held-out images, at most as many as distinct training images
-    reference : uint8 [M, C, H, W], the held-out images of the Frechet distance
+    reference : float32 [M, D], features of the held-out images of the Frechet distance
+    embedder : of these features
     """
 
     train: np.ndarray
     train_some: np.ndarray
     control: np.ndarray
     reference: np.ndarray
+    embedder: Embedder
 
     @classmethod
-    def of(cls, train: np.ndarray, holdout: np.ndarray, *, flips: bool, seed: int) -> AuditSets:
-        """The same choice by `seed` as an evaluation's.
+    def of(
+        cls, train: np.ndarray, holdout: np.ndarray, *, flips: bool, seed: int, embedder: Embedder | None = None
+    ) -> AuditSets:
+        """The same choice by `seed` as an evaluation's. `embedder`: None is pixels.
 
         Raises
         ------
         InputError : fewer than two distinct images on a side, or a held-out image that trains
         """
+        from fastambient.evaluation.embedders import load_embedder
+        from fastambient.evaluation.features import default_cache, features
         from fastambient.evaluation.metrics import check_sets, equal_counts
 
+        embedder = embedder or load_embedder("pixel")
         control, some = equal_counts(*check_sets(train, holdout, flips=flips), seed=seed)
-        reference, most = holdout, max(2, _MOST_NUMBERS // holdout[0].size)
+        pixel = embedder.name == "pixel"
+        reference, most = holdout, max(2, _MOST_NUMBERS // holdout[0].size) if pixel else _MOST_EMBEDDED
         if most < len(holdout):
             reference = holdout[np.sort(np.random.default_rng(seed).choice(len(holdout), most, replace=False))]
-        return cls(train, train if some is None else train[some], holdout[control], reference)
+        found = features(reference, embedder, cache=None if pixel else default_cache())  # for runs to come, and resumed
+        return cls(train, train if some is None else train[some], holdout[control], found, embedder)
 
 
 def measure(
     samples: np.ndarray, sets: AuditSets, *, threshold: float, bootstrap: int, seed: int, flips: bool
 ) -> dict[str, Any]:
     """A row of audits.jsonl without nimg, kimg and seconds. `samples` uint8 [N, C, H, W], N >= 2."""
-    from fastambient.evaluation.frechet import frechet_distance
+    from fastambient.evaluation.features import features
     from fastambient.evaluation.memorization import bootstrap_interval, nearest_two
+    from fastambient.evaluation.quality import distance_of_features
 
     copies, some, control = (
         None if images is None else nearest_two(samples, images, flips=flips).copies(threshold)
@@ -113,13 +141,14 @@ def measure(
     return {
         "samples": len(samples),
         "references": len(sets.reference),
-        "dimensions": samples[0].size,
+        "embedder": sets.embedder.name,
+        "dimensions": sets.reference.shape[1],
         "copies": int(copies.sum()),
         "rate": float(copies.mean()),
         "ci95": list(bootstrap_interval(copies, resamples=bootstrap, seed=seed)),
         "train_rate": float((copies if some is None else some).mean()),
         "holdout_rate": float(control.mean()),
-        "fd": frechet_distance(*(each.reshape(len(each), -1) / 127.5 - 1.0 for each in (samples, sets.reference))),
+        "fd": distance_of_features(features(samples, sets.embedder), sets.reference, device=sets.embedder.device),
     }
 
 
@@ -162,7 +191,10 @@ class Auditor:
         self.sets: AuditSets | None = None
         if world.first:
             assert store.train.images is not None and store.holdout.images is not None
-            self.sets = AuditSets.of(store.train.images[:], store.holdout.images[:], flips=self.flips, seed=e.seed)
+            self.sets = AuditSets.of(
+                store.train.images[:], store.holdout.images[:], flips=self.flips, seed=e.seed,
+                embedder=audit_embedder(settings, device=str(world.device)),
+            )  # fmt: skip
 
     def message(self) -> str:
         """For the start of a run."""
@@ -172,6 +204,8 @@ class Auditor:
         assert s is not None
         text = f"audits every {t.audit_kimg:g} kimg: {self.settings.evaluation.audit_num} samples against"
         text += f" {len(s.train):,} training images and {len(s.control):,} held-out ones; FD to {len(s.reference):,}"
+        if s.embedder.name != "pixel":
+            text += f" in features of {s.embedder.label}"
         if t.stop_when_copying is not None:
             text += f"; stops when copying exceeds the control by more than {t.stop_when_copying:.3g}"
         return f"{text}. {few_held_out(len(s.control))}".removesuffix(". ")

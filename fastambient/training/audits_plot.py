@@ -34,6 +34,7 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     """
     from matplotlib.figure import Figure
 
+    from fastambient.evaluation.embedders import LABELS
     from fastambient.evaluation.quality import distance_name
 
     kimg = [row["kimg"] for row in rows]
@@ -56,7 +57,8 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     above.legend(frameon=False, fontsize="small")
     below.plot(kimg, [row["fd"] for row in rows], color=QUALITY, marker="o", markersize=3)
     distance = distance_name(rows, "pixel").replace(" (", "\n(")  # what it warns of is long
-    below.set_ylabel(f"{distance}\n(pixels, lower is better)")
+    spaces = ", ".join(dict.fromkeys(LABELS.get(x, x) for x in (row.get("embedder", "pixel") for row in rows)))
+    below.set_ylabel(f"{distance}\n({spaces}, lower is better)")
     below.set_xlabel("images seen (kimg)")
     for axes in (above, below):
         axes.grid(alpha=0.2)

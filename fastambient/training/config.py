@@ -113,6 +113,7 @@ class TrainingSettings:
 class EvaluationSettings:
     num: int = 1000  # samples
     audit_num: int = 256  # samples of an audit while training
+    audit_features: str = "pixel"  # embedder of an audit's Frechet distance: any that `features` may be, but none
     threshold: float = 1 / 3  # gap ratio below which a sample counts as a copy
     bootstrap: int = 1000  # resamples of the 95 % interval
     seed: int = 0  # of the bootstrap
@@ -350,6 +351,7 @@ def check(settings: Settings) -> None:
     need(e.seed >= 0, "evaluation.seed", e.seed, "0 or more")
     need(e.num >= 2, "evaluation.num", e.num, "2 or more")
     need(e.audit_num >= 2, "evaluation.audit_num", e.audit_num, "2 or more")
+    need(e.audit_features != "none", "evaluation.audit_features (--audit-features)", "none", "pixel or a network")
     need(0 < e.threshold < 1, "evaluation.threshold", e.threshold, "between 0 and 1")
 
 

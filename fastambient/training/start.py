@@ -28,7 +28,7 @@ from fastambient.diffusion.ambient import share_message
 from fastambient.errors import FastambientError, InputError, check_seed
 from fastambient.files import keep_out_of_git, new_folder, refuse_existing
 from fastambient.processes import die_with_parent
-from fastambient.training.audits import check_audits
+from fastambient.training.audits import audit_embedder, check_audits
 from fastambient.training.auto_sigma import choose_sigma_tn
 from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
 from fastambient.training.data import check_hand_out, measure_sigma_data, open_clean, open_stream, store_set, use_noise
@@ -124,6 +124,8 @@ def plan(request: TrainRequest, *, verify: bool = True) -> Plan:
     elif d.clean is not None or settings.noise.regime == "ambient":
         raise InputError("--clean and --regime ambient are for a store that was handed out (prepare --hand-out)")
     check_audits(settings, data)
+    if settings.training.audit_kimg:
+        audit_embedder(settings)  # weights that are absent are found before anything is prepared
     if settings.data.use_labels and not data.num_classes:
         raise InputError(f"data.use_labels: {settings.data.source} has no class labels")
     t = settings.training
