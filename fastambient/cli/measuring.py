@@ -196,7 +196,7 @@ def sweep(
     audit_every: Annotated[
         float | None,
         option(
-            "audit every run while it trains, and compare them where each is best, and where each passes --target: early"
+            "audit every run while it trains, and compare them where each is best, and where they pass --target: early"
             " stopping for all; distances in pixels, or --set evaluation.audit_features=NAME",
             "--audit-every",
             metavar="KIMG",
