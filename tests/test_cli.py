@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,7 +222,8 @@ def test_from_pictures_to_metrics(tmp_path, monkeypatch, capsys):
     assert code == 2 and "--guidance 2 needs a class-conditional model" in err
     code, out, _ = run("evaluate", "run", "--num", 20, capsys=capsys)
     assert code == 0 and "copy rate" in out
-    assert out.splitlines()[-1] == "written: run/report.html, run/metrics.json, run/nearest.csv"
+    written = "run/report.html, run/metrics.json, run/nearest.csv, run/evaluation.png, run/nearest.png"
+    assert out.splitlines()[-1] == f"written: {written}" and all(Path(name).is_file() for name in written.split(", "))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     with open(tmp_path / "run" / "nearest.csv", newline="") as file:
         pairs = list(csv.DictReader(file))

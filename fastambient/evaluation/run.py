@@ -34,6 +34,7 @@ class Evaluated:
     """The content of a metrics.json and what the report shows of it.
 
     file, page, pairs : where they were written; pairs: the list of samples and their nearest training images
+    pictures : overviews beside them
     """
 
     metrics: dict[str, Any]
@@ -41,6 +42,7 @@ class Evaluated:
     file: Path
     page: Path
     pairs: Path
+    pictures: tuple[Path, ...] = ()
 
 
 def evaluate_run(
@@ -143,9 +145,10 @@ def evaluate_run(
     )  # fmt: skip
     write_json(target, evaluation.metrics)
     name = name or path.resolve().name
-    draw_samples(beside("evaluation.png"), name, pictures, seeded=samples is None)
-    draw_nearest(beside("nearest.png"), name, evaluation)
-    write_nearest(beside("nearest.csv"), evaluation)
+    page, pairs, drawn, nearest = map(beside, ("report.html", "nearest.csv", "evaluation.png", "nearest.png"))
+    draw_samples(drawn, name, pictures, seeded=samples is None)
+    draw_nearest(nearest, name, evaluation)
+    write_nearest(pairs, evaluation)
     report = RunReport(
         name=name,
         sigma_tn=settings.noise.sigma_tn or 0.0,
@@ -154,8 +157,8 @@ def evaluate_run(
         per_sigma=_per_sigma(run),
         timeline=run.read_audits(),
     )
-    write_report(beside("report.html"), [report], title=f"fastambient: {report.name}")
-    return Evaluated(evaluation.metrics, report, target, beside("report.html"), beside("nearest.csv"))
+    write_report(page, [report], title=f"fastambient: {report.name}")
+    return Evaluated(evaluation.metrics, report, target, page, pairs, (drawn, nearest))
 
 
 def open_embedder(features: str, weights: Path | None, preprocess: str, *, device: str = "cpu") -> Embedder | None:

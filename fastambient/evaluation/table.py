@@ -40,6 +40,9 @@ class Written(Measured, Protocol):
     @property
     def pairs(self) -> Path: ...
 
+    @property
+    def pictures(self) -> tuple[Path, ...]: ...
+
 
 def print_found(evaluated: Written) -> None:
     """The table of one evaluation, what was found, and where it was written."""
@@ -47,7 +50,8 @@ def print_found(evaluated: Written) -> None:
     if copied := most_copied(evaluated.metrics):
         print(copied)
     print(sentence(evaluated.metrics))
-    print(f"written: {evaluated.page}, {evaluated.file}, {evaluated.pairs}")
+    files = (evaluated.page, evaluated.file, evaluated.pairs, *evaluated.pictures)
+    print(f"written: {', '.join(map(str, files))}")
 
 
 def sentence(metrics: dict[str, Any]) -> str:
