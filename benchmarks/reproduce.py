@@ -50,7 +50,10 @@ PICTURES = {  # resolution, training images, kimg, kimg between audits, precisio
 PICTURES_SET = ("training.batch=32", "training.lr=2e-3", "model.dropout=0.0")
 PICTURES_FEATURES, PICTURES_HOLDOUT = "efficientnet-lite0", 1000
 SCALES = (0.0, 0.5, 1.0, 2.0)  # of 1.5*R/64
-MANY = {"digits": 1500, "pictures": 10_000}  # training images of the figures' first row
+MANY = {
+    "digits": (1500, None),
+    "pictures": (10_000, 72.0),
+}  # of the figures' first row: images, kimg (None: the part's)
 PARTS = ("digits", *(f"digits-{n}" for n in DIGITS), "pictures", *PICTURES, "figures")
 TINY = ["model.model_channels=8", "model.channel_mult=[1,2]", "model.attn_resolutions=[4]", "model.num_blocks=1",
         "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]  # fmt: skip
@@ -67,7 +70,7 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
     found: dict[str, SweepRequest] = {}
 
     def add(
-        name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: str | None,
+        name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: tuple[int, float | None] | None,
         every: float | None = None, features: str | None = None, baselines: tuple[str, ...] = COMPARED,
     ) -> None:  # fmt: skip
         group = name.partition("-")[0]
@@ -83,24 +86,25 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
             features=features, **common,
         )  # fmt: skip
         if "figures" in a.part and many is not None:
-            other = [x if not x.startswith("data.train=") else f"data.train={many}" for x in set_here]
+            count, length = many
+            other = [x if not x.startswith("data.train=") else f"data.train={count}" for x in set_here]
             much = {"seeds": a.seeds[:1], "sigma_tn": (0.0,)}
             found[f"{name}-many"] = SweepRequest(
-                data=data, kimg=kimg, assignments=other, features=features, **(common | much)
+                data=data, kimg=a.kimg or length or kimg, assignments=other, features=features, **(common | much)
             )  # fmt: skip
 
     for images, kimg in DIGITS.items():
-        add(f"digits-{images}", "digits", DIGITS_SIGMA_TN, kimg, f"data.train={images}", many=str(MANY["digits"]))
+        add(f"digits-{images}", "digits", DIGITS_SIGMA_TN, kimg, f"data.train={images}", many=MANY["digits"])
     if a.source:
         for name, (pixels, images, kimg, every, precision) in PICTURES.items():
-            train, holdout, many = (20, 10, 30) if a.tiny else (images, PICTURES_HOLDOUT, MANY["pictures"])
+            train, holdout, many = (20, 10, (30, None)) if a.tiny else (images, PICTURES_HOLDOUT, MANY["pictures"])
             settings = [] if a.tiny else [*PICTURES_SET, *([f"training.precision={precision}"] if precision else [])]
             curve = name in AUDITED  # of quality against copying while they train: few runs, many samples
             scales = (0.0, 1.0) if curve and not a.tiny else SCALES
             levels = tuple(scale * default_sigma_tn(pixels) for scale in scales)
             add(
                 name, a.source, levels, kimg, f"data.resolution={pixels}", f"data.train={train}",
-                f"data.holdout={holdout}", *settings, many=None if curve else str(many),
+                f"data.holdout={holdout}", *settings, many=None if curve else many,
                 every=None if a.tiny else every, features=None if a.tiny else PICTURES_FEATURES,
                 baselines=("fresh-noise",) if curve else (*COMPARED, "ambient-stop"),
             )  # fmt: skip
@@ -112,6 +116,8 @@ def draw_figures(out: Path, page: Path | None) -> None:
     for folder in sorted(p.parent for p in out.glob("*/sweep.json") if not p.parent.name.endswith("-many")):
         summary = json.loads((folder / "sweep.json").read_text())
         seed = summary["settings"]["seeds"][0]
+        if folder.name in AUDITED and folder.name in PICTURES:
+            continue  # the same pictures as another part's
         many = out / f"{folder.name}-many" / f"edm-seed{seed}"
         if not (many / "metrics.json").is_file():
             warn(f"{folder}: its run on much data is not there: no figure")

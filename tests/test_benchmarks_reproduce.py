@@ -78,10 +78,32 @@ def test_each_run_where_its_copying_passes_the_target(tmp_path):
         cell["audits"] = [{"kimg": k, "samples": 512, "excess": e, "fd": fd} for k, e, fd in pairs]
     summary |= summarize(summary["cells"], target=0.05, within=0.1)
     (found,) = reproduce_page.differences(summary, at="passing")
+    assert (found["seeds"], found["found"], found["clear"]) == (2, "not all come to it: no claim", False)
+    summary["cells"] = [c for c in summary["cells"] if c["seed"] < 2]
+    (found,) = reproduce_page.differences(summary, at="passing")
     assert (found["seeds"], found["found"]) == (2, "better") and found["fd"]["mean"] == pytest.approx(-0.5)
     assert found["excess"]["mean"] == pytest.approx(0.0)
     reproduce_page.merge(tmp_path / "sweep-a.json", summary, **DAY)
     assert "The same where copying passes 5 %, so that both copy alike" in reproduce_page.document(tmp_path)
+
+
+def test_better_in_one_needs_the_other_settled():
+    """Fewer copies with a distance that may be much worse is no gain; a baseline is told from EDM, too."""
+    summary = swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), ("weight-decay", 0, 0.55, 1.5))
+    for cell in summary["cells"]:
+        cell["fd"] += (0.2 if cell["kind"] == "ambient" else 0.0) * (cell["seed"] - 1)
+    found = {r["against"]: r for r in reproduce_page.differences(summary)}
+    assert found["edm"]["found"] == "better in copies, FD open" and not found["edm"]["clear"]
+    (plain,) = reproduce_page.differences(summary, against_edm=True)
+    assert (plain["ours"], plain["against"], plain["found"]) == ("weight-decay", "edm", "better")
+
+
+def test_a_part_without_early_stopping_says_nothing_of_it(tmp_path):
+    reproduce_page.merge(tmp_path / "sweep-a.json", swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5)), **DAY)
+    text = reproduce_page.document(tmp_path).partition("## a")[2]
+    assert (
+        "| 0.2 | EDM | 3 |" in text and "early stop" not in text and "weight decay" not in text.partition("| model")[0]
+    )
 
 
 def test_ambient_and_edm_stopped_by_the_same_rule_are_compared(tmp_path):

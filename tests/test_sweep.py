@@ -209,7 +209,7 @@ def test_each_run_at_its_best_audit():
 
 
 def test_where_copying_passes_the_target():
-    """In proportion between two audits, for the first time; none where it never does, or was above it from the start."""
+    """By the log-odds between two audits, for the first time; none where it never does, or was above from the start."""
     rows = [
         audited(
             row("edm", 0, 0, 0.6, 3.0), (1, 0.0, 2.0), (2, 0.03, 1.8), (3, 0.11, 1.4), (4, 0.02, 9.0), (5, 0.2, 9.0)
@@ -217,18 +217,45 @@ def test_where_copying_passes_the_target():
         audited(row("edm", 0, 1, 0.6, 3.0), (1, 0.05, 1.7), (2, 0.15, 1.5)),
         audited(row("ambient", 0.2, 0, 0.1, 3.0), (1, 0.0, 1.4), (2, 0.03, 1.4), (3, 0.2, 1.2)),
         audited(row("ambient", 0.2, 1, 0.1, 3.0), (1, 0.0, 1.4), (2, 0.05, 1.4)),
+        audited(row("fresh-noise", 0.2, 0, 0.1, 3.0), (1, 0.0, 1.4), (2, 0.01, 1.4)),
     ]
     above = audited(row("edm", 0, 2, 0.6, 3.0), (1, 0.2, 1.4), (2, 0.3, 1.4))["audits"]
     assert sweep_results.passing(above, 0.05) is None and sweep_results.passing([], 0.05) is None
     found = summarize(rows, target=0.05, within=0.1)
-    assert [c["passing"] and c["passing"]["kimg"] for c in found["cells"]] == [
-        pytest.approx(2.25), 1, pytest.approx(2 + 2 / 17), None,
-    ]  # fmt: skip
-    edm, ambient = found["configurations"]
-    assert edm["passing"]["fd"]["mean"] == pytest.approx((1.7 + 1.7) / 2) and ambient["passing"] is None
-    lines = [line for line in table(found).splitlines() if line.startswith(("| EDM", "| model"))]
-    assert lines[2].endswith("| 5 % at kimg | FD there |") and " 1.62 | 1.7 (1.7 to 1.7) |" in lines[3]
-    assert sum(line.endswith("| - | - |") for line in table(found).splitlines()) == 1
+
+    def part(low: float, high: float) -> float:
+        """Of the way, by logistic growth: 512 samples, half a one on either side."""
+        odds = [np.log((512 * p + 0.5) / (512 - 512 * p + 0.5)) for p in (low, 0.05, high)]
+        return (odds[1] - odds[0]) / (odds[2] - odds[0])
+
+    at = [c["passing"] and c["passing"]["kimg"] for c in found["cells"]]
+    assert at == [pytest.approx(2 + part(0.03, 0.11)), 1, pytest.approx(2 + part(0.03, 0.2)), None, None]
+    assert all(c["passing"]["excess"] == 0.05 for c in found["cells"][:3]) and 0.35 < part(0.03, 0.11) < 0.41
+    edm, ambient, fresh = found["configurations"]
+    fd = (1.8 - 0.4 * part(0.03, 0.11) + 1.7) / 2
+    assert edm["passing"]["fd"]["mean"] == pytest.approx(fd)
+    assert (edm["passing"]["seeds"], ambient["passing"]["seeds"], fresh["passing"]) == (2, 1, {"seeds": 0})
+    lines = [line for line in table(found).splitlines() if line.startswith(("| EDM", "| model", "| amb", "| fresh"))][
+        4:
+    ]
+    assert lines[0].endswith("| 5 % at kimg | FD-512 there |") and f" 1.69 | {fd:.4g} (" in lines[1]
+    assert " 2.25 (1 of 2) | 1.35 |" in lines[2] and lines[3].endswith("| never | - |")
+
+
+def test_copying_that_grows_by_a_factor_is_found_between_audits_of_any_distance():
+    """Where the odds of a copy double each kimg, and the distance falls evenly, sparse audits say what dense ones say; in
+    proportion to the rates the sparse ones would be 2 kimg too early."""
+
+    def audits(every: int) -> list[dict]:
+        odds = [2.0 ** (k - 12) for k in range(0, 17, every)]
+        rates = [o / (1 + o) for o in odds]
+        rows = zip(range(0, 17, every), rates, (60 - 1.5 * k for k in range(0, 17, every)), strict=True)
+        return [{"kimg": k, "samples": 10**6, "excess": e, "fd": fd} for k, e, fd in rows]
+
+    dense, sparse = (sweep_results.passing(audits(every), 0.05) for every in (1, 8))
+    assert dense["kimg"] == pytest.approx(sparse["kimg"], abs=0.01) and dense["fd"] == pytest.approx(
+        sparse["fd"], abs=0.02
+    )
 
 
 def test_an_audits_distance_is_in_the_features_that_it_names(tmp_path):

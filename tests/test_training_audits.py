@@ -24,6 +24,7 @@ from fastambient.evaluation.frechet import frechet_distance
 from fastambient.sampling import load, sample
 from fastambient.training import audits, audits_plot, checkpoint, loop
 from fastambient.training.audits import AuditSets, check_audits, last_allowed, measure
+from fastambient.training.auto_sigma import choose_sigma_tn
 from fastambient.training.config import Settings, resolve
 from fastambient.training.run import RunFolder
 from fastambient.training.start import TrainRequest, plan, start
@@ -84,7 +85,9 @@ def test_the_distance_in_a_networks_features(tmp_path, monkeypatch, capsys):
     pixels, network = (RunFolder(tmp_path / name).read_audits() for name in ("pixels", "network"))
     assert {(r["embedder"], r["dimensions"]) for r in pixels} == {("pixel", 64)}
     assert {(r["embedder"], r["dimensions"]) for r in network} == {("efficientnet-lite0", 1280)}
-    assert "in features of EfficientNet-Lite0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "in features of EfficientNet-Lite0" in said
+    assert "FD-6 vs held-out (fewer samples and reference images than dimensions) (efficientnet-lite0)" in said
     drawn, embedder = sample(load(path), range(6)).numpy(), load_embedder("efficientnet-lite0")
     store = RunFolder(path).open_store()
     expected = frechet_distance(*(features(x, embedder) for x in (drawn, store.holdout.images[:])))
@@ -94,6 +97,25 @@ def test_the_distance_in_a_networks_features(tmp_path, monkeypatch, capsys):
         asked = ["training.audit_kimg=1", f"evaluation.audit_features={value}"]
         with pytest.raises(InputError, match=message):
             plan(TrainRequest(data="digits", preset="digits", assignments=asked))
+        if value != "none":  # before a pilot trains
+            auto = TrainRequest(data="digits", preset="digits", assignments=asked, auto_sigma_tn=True)
+            with pytest.raises(InputError, match=message):
+                choose_sigma_tn(auto, tmp_path / "auto")
+
+
+def test_an_embedder_in_a_file_is_found_from_any_folder(tmp_path, monkeypatch):
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
+    monkeypatch.chdir(tmp_path)
+    path = make_run(tmp_path / "run", *AUDITED, "data.holdout=20", "evaluation.audit_features=mean.pt")
+    assert RunFolder(path).read_settings().evaluation.audit_features == str(tmp_path / "mean.pt")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train_here(path)
+    assert {(r["embedder"], r["dimensions"]) for r in RunFolder(path).read_audits()} == {("mean.pt", 3)}
 
 
 def test_training_does_not_notice_its_audits(tmp_path, monkeypatch, figures):
@@ -163,9 +185,9 @@ def test_a_resume_from_a_checkpoint_gives_the_same_audits(tmp_path, keep):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "nimg"), [("step", 40), ("samples", 80), ("samples", 160)])
+@pytest.mark.parametrize(("at", "nimg"), [("step", 40), ("samples", 80), ("samples", 160), ("features", 80)])
 def test_a_signal_leaves_an_audit_owed(tmp_path, monkeypatch, at, nimg):
-    """Before an audit, or while its samples are drawn, also those of the last one."""
+    """Before an audit, or while its samples are drawn, also those of the last one, or embedded."""
     whole = make_run(tmp_path / "whole", *AUDITED)
     train_here(whole)
     path = make_run(tmp_path / "run", *AUDITED)
@@ -184,13 +206,20 @@ def test_a_signal_leaves_an_audit_owed(tmp_path, monkeypatch, at, nimg):
 
         return original_sample(*arguments, on_batch=told, **keywords)
 
+    def measured(*arguments, **keywords):
+        if at == "features" and not sent and trainers[-1].nimg == nimg:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return original_measure(*arguments, **keywords)
+
     original_step, original_sample, trainers = loop.TrainingStep.__call__, audits.sample, []
+    original_measure = audits.measure
     original_init = loop.Trainer.__init__
     monkeypatch.setattr(
         loop.Trainer, "__init__", lambda self, *a, **k: (original_init(self, *a, **k), trainers.append(self))[0]
     )
     monkeypatch.setattr(loop.TrainingStep, "__call__", step)
     monkeypatch.setattr(audits, "sample", draw)
+    monkeypatch.setattr(audits, "measure", measured)
     with pytest.raises(Interrupted) as stopped:
         train_here(path)
     assert stopped.value.exit_code == 143 and len(sent) == 1

@@ -92,14 +92,26 @@ def best_audit(audits: Sequence[dict[str, Any]], target: float) -> dict[str, Any
 
 
 def passing(audits: Sequence[dict[str, Any]], target: float) -> dict[str, Any] | None:
-    """Where the controlled copy rate passes `target` for the first time: kimg and fd, in proportion between the audit
-    before and the one that is above it; what the distances are (samples, embedder ...) is theirs. None where it never
-    does, or did before the first audit."""
+    """Where the controlled copy rate passes `target` for the first time: kimg and fd between the audit before and the
+    one that is above it; what the distances are (samples, embedder ...) is theirs. None where it never does, or did
+    before the first audit.
+
+    The place between them is that of the log-odds of the rates, which grow about evenly while copying begins; by the
+    rates themselves it would be too early, the more so the faster a model comes to copy.
+    """
     for before, after in pairwise(audits):
         if before["excess"] <= target < after["excess"]:
-            part = (target - before["excess"]) / (after["excess"] - before["excess"])
-            return after | {n: before[n] + part * (after[n] - before[n]) for n in ("kimg", "excess", "fd")}
+            low, at, high = (_log_odds(rate, after["samples"]) for rate in (before["excess"], target, after["excess"]))
+            part = (at - low) / (high - low)
+            between = {n: before[n] + part * (after[n] - before[n]) for n in ("kimg", "fd")}
+            return after | between | {"excess": target}
     return None
+
+
+def _log_odds(rate: float, samples: int) -> float:
+    """Of a share of so many samples, with half a sample added on either side: finite at none (Haldane, 1956)."""
+    copies = max(rate, 0.0) * samples
+    return math.log((copies + 0.5) / (samples - copies + 0.5))
 
 
 def audit_space(rows: Sequence[dict[str, Any]]) -> str:
@@ -112,7 +124,7 @@ def cell_line(row: dict[str, Any]) -> str:
     early = f", weights of {row['kimg']:g} kimg" if row["stopped_when_copying"] else ""
     return (
         f"{row['name']}: {100 * row['rate']:.1f} % copies, control {100 * row['holdout_rate']:.1f} %,"
-        f" FD {row['fd']:.4g}{early}"
+        f" {distance_name([row], row['fd_space'])} {row['fd']:.4g}{early}"
     )
 
 
@@ -157,15 +169,19 @@ def summarize(cells: Sequence[dict[str, Any]], *, target: float, within: float) 
         both = both or [(c["fd"], c["train_fd"]) for c in rows if c.get("train_fd") is not None]
         found["times_train_fd"] = float(np.mean([fd / max(own, 1e-12) for fd, own in both])) if both else None
         found["doubt"] = next((c["doubt"] for c in rows if c.get("doubt")), "")
-        for key in ("best", "passing"):
-            each = [c[key] for c in rows]
-            means = {n: over_seeds([b[n] for b in each]) for n in ("kimg", "excess", "fd")} if all(each) else None
-            found[key] = means
+        best = [c["best"] for c in rows]
+        found["best"] = _means(best) if all(best) else None
+        pass_it = [c["passing"] for c in rows if c["passing"]]
+        found["passing"] = {"seeds": len(pass_it), **(_means(pass_it) if pass_it else {})}
         configurations.append(found)
     order = list(KINDS)
     configurations.sort(key=lambda c: (order.index(c["kind"]), c["sigma_tn"]))
     return {"chosen": choose(configurations, target=target, within=within), "configurations": configurations,
             "cells": cells}  # fmt: skip
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {name: over_seeds([row[name] for row in rows]) for name in ("kimg", "excess", "fd")}
 
 
 def choose(configurations: Sequence[dict[str, Any]], *, target: float, within: float) -> dict[str, Any]:
@@ -239,6 +255,15 @@ def rows_for_people(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
+def _passing_columns(c: dict[str, Any]) -> str:
+    """Of a row of the table of audits."""
+    at, seeds = c["passing"], len(c["seeds"])
+    if not at["seeds"]:
+        return " never | - |"
+    some = "" if at["seeds"] == seeds else f" ({at['seeds']} of {seeds})"
+    return f" {at['kimg']['mean']:.3g}{some} | {number(at['fd'])} |"
+
+
 def choice(summary: dict[str, Any]) -> str:
     """The chosen sigma_tn, or none."""
     level = summary["chosen"]["sigma_tn"]
@@ -292,16 +317,15 @@ def table(summary: dict[str, Any]) -> str:
             f"Each stopped at its best: the audit of the least FD among those with at most {limit} copies above the"
             f" control ({samples:,} samples, {audit_space(ends)} space; the FD that is shown is the one that was chosen"
             f" by, for all alike). The last two columns: where copying passes {limit}, between the audits before and"
-            " after; FD there is at the same copying for all.",
+            " after by the log-odds of their rates: FD at the same copying, of the runs that come to copy so much.",
             "",
             "| model | sigma_tn | seeds | kimg | less the control |"
-            f" {distance_name(ends, 'pixel').replace('|', 'or')} | {limit} at kimg | FD there |",
+            f" {distance_name(ends, 'pixel').replace('|', 'or')} | {limit} at kimg | FD-{samples} there |",
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {KINDS[c['kind']]} | {c['sigma_tn']:g} | {len(c['seeds'])} | {c['best']['kimg']['mean']:.3g} |"
-            f" {100 * c['best']['excess']['mean']:.1f} % | {number(c['best']['fd'])} |"
-            + (f" {at['kimg']['mean']:.3g} | {number(at['fd'])} |" if (at := c["passing"]) else " - | - |")
+            f" {100 * c['best']['excess']['mean']:.1f} % | {number(c['best']['fd'])} |" + _passing_columns(c)
             for c in audited
         ]
         lines.append("")

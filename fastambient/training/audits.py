@@ -7,7 +7,7 @@ holdout_rate (the control: held-out images), fd (Frechet distance to `references
 
 An audit draws from Philox at its sample seeds and from generators of its own, and loads the EMA weights into a copy of
 the network: training's numbers are the same with and without it. Every rank draws its share of the samples; rank 0
-measures them, in seconds, while the others wait in a collective.
+measures them while the others wait in a collective: in seconds, or as long as a network that is asked for takes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastambient.console import duration, say, warn
+from fastambient.console import duration, progress, say, warn
 from fastambient.data.items import Source
 from fastambient.data.store import Store
 from fastambient.data.streaming import ShardStream
@@ -78,7 +78,7 @@ def audit_embedder(settings: Settings, *, device: str = "cpu") -> Embedder:
     from fastambient.evaluation.run import embedder_settings, open_embedder
 
     e = settings.evaluation
-    with torch.random.fork_rng():  # a network is built with random weights before it gets its own
+    with torch.random.fork_rng(devices=[]):  # a network is built with random weights before it gets its own
         found = open_embedder(*embedder_settings(e, e.audit_features, None, None), device=device)
     assert found is not None  # by the settings' check
     return found
@@ -121,14 +121,25 @@ class AuditSets:
         reference, most = holdout, max(2, _MOST_NUMBERS // holdout[0].size) if pixel else _MOST_EMBEDDED
         if most < len(holdout):
             reference = holdout[np.sort(np.random.default_rng(seed).choice(len(holdout), most, replace=False))]
-        found = features(reference, embedder, cache=None if pixel else default_cache())  # for runs to come, and resumed
+        with progress(f"features of held-out images ({embedder.label})", len(reference)) as advance:
+            found = features(
+                reference, embedder, cache=None if pixel else default_cache(), on_batch=None if pixel else advance
+            )  # kept for runs to come, and resumed ones
         return cls(train, train if some is None else train[some], holdout[control], found, embedder)
 
 
 def measure(
-    samples: np.ndarray, sets: AuditSets, *, threshold: float, bootstrap: int, seed: int, flips: bool
+    samples: np.ndarray,
+    sets: AuditSets,
+    *,
+    threshold: float,
+    bootstrap: int,
+    seed: int,
+    flips: bool,
+    on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """A row of audits.jsonl without nimg, kimg and seconds. `samples` uint8 [N, C, H, W], N >= 2."""
+    """A row of audits.jsonl without nimg, kimg and seconds. `samples` uint8 [N, C, H, W], N >= 2; `on_batch` is called
+    with the number of samples that the embedder has seen since the call before."""
     from fastambient.evaluation.features import features
     from fastambient.evaluation.memorization import bootstrap_interval, nearest_two
     from fastambient.evaluation.quality import distance_of_features
@@ -148,7 +159,9 @@ def measure(
         "ci95": list(bootstrap_interval(copies, resamples=bootstrap, seed=seed)),
         "train_rate": float((copies if some is None else some).mean()),
         "holdout_rate": float(control.mean()),
-        "fd": distance_of_features(features(samples, sets.embedder), sets.reference, device=sets.embedder.device),
+        "fd": distance_of_features(
+            features(samples, sets.embedder, on_batch=on_batch), sets.reference, device=sets.embedder.device
+        ),
     }
 
 
@@ -166,11 +179,21 @@ class _Interrupted(Exception):
     pass
 
 
+def _interrupt_where(stopping: Callable[[], bool]) -> Callable[[int], None]:
+    """To be called after each batch."""
+
+    def after_batch(count: int) -> None:
+        if stopping():
+            raise _Interrupted
+
+    return after_batch
+
+
 @dataclass(frozen=True)
 class Audited:
     """What came of an audit, on every rank.
 
-    interrupted : a signal came before the samples were drawn; the audit is owed
+    interrupted : a signal came before the samples were drawn and measured; the audit is owed
     copying : the rule says that the run ends here
     row : of audits.jsonl, on rank 0; None where the audit was interrupted or the model has diverged
     """
@@ -213,7 +236,8 @@ class Auditor:
     def __call__(
         self, denoiser: EDMDenoiser, shape: tuple[int, int, int], nimg: int, *, stopping: Callable[[], bool]
     ) -> Audited:
-        """Audit the weights of `denoiser`; every rank calls. `stopping` is asked between batches of samples."""
+        """Audit the weights of `denoiser`; every rank calls. `stopping` is asked between batches of samples, drawn or
+        embedded."""
         began = time.perf_counter()
         samples, failed, interrupted = self._draw(denoiser, shape, stopping)
         if interrupted:
@@ -223,16 +247,23 @@ class Auditor:
                 warn(f"no audit at {nimg / 1000:g} kimg: the samples are not finite, the model has diverged")
             return Audited()
         row: dict[str, Any] | None = None
-        copying = False
+        flags = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # copying, interrupted
         if self.sets is not None:
             e, rate = self.settings.evaluation, self.settings.training.stop_when_copying
-            row = {"nimg": nimg, "kimg": nimg / 1000} | measure(
-                samples, self.sets, threshold=e.threshold, bootstrap=e.bootstrap, seed=e.seed, flips=self.flips
-            )
-            row["seconds"] = round(time.perf_counter() - began, 3)
-            copying = rate is not None and excess(row) > rate
+            try:
+                row = {"nimg": nimg, "kimg": nimg / 1000} | measure(
+                    samples, self.sets, threshold=e.threshold, bootstrap=e.bootstrap, seed=e.seed, flips=self.flips,
+                    on_batch=_interrupt_where(stopping),
+                )  # fmt: skip
+                row["seconds"] = round(time.perf_counter() - began, 3)
+                flags[0] = float(rate is not None and excess(row) > rate)
+            except _Interrupted:
+                flags[1] = 1
+        copying, interrupted = (flag > 0 for flag in self.world.sum(flags).tolist())
+        if interrupted:
+            return Audited(interrupted=True)
+        if row is not None:
             say(audit_line(row))
-        copying = bool(self.world.sum(torch.tensor([float(copying)], device=self.world.device)).item())
         return Audited(copying=copying, row=row)
 
     def _draw(
@@ -244,15 +275,11 @@ class Auditor:
         drawn = torch.zeros(num, *shape, dtype=torch.uint8, device=world.device)
         flags = torch.zeros(2, dtype=torch.float64, device=world.device)
 
-        def after_batch(count: int) -> None:
-            if stopping():
-                raise _Interrupted
-
         try:
             sampling = SamplingSettings(**self.settings.tree()["sampling"])
             if len(seeds):
                 drawn[world.rank :: world.size] = sample(
-                    denoiser, seeds, shape=shape, settings=sampling, graph=False, on_batch=after_batch
+                    denoiser, seeds, shape=shape, settings=sampling, graph=False, on_batch=_interrupt_where(stopping)
                 ).to(world.device)
         except FastambientError:
             flags[0] = 1
@@ -295,13 +322,14 @@ class Auditor:
 
 def audit_line(row: dict[str, Any]) -> str:
     """A row for people."""
-    from fastambient.evaluation.quality import figure_name
+    from fastambient.evaluation.quality import distance_name
 
+    space = "" if (name := row.get("embedder", "pixel")) == "pixel" else f" ({name})"
     low, high = (100 * side for side in row["ci95"])
     matched = row["train_rate"]
     at_equal = "" if matched == row["rate"] else f" (among as many training images {100 * matched:.1f} %)"
     return (
         f"audit at {row['kimg']:g} kimg: {100 * row['rate']:.1f} % copies ({low:.1f} - {high:.1f} %), held-out control"
-        f" {100 * row['holdout_rate']:.1f} %{at_equal}, {figure_name('FD', row['samples'], 'held-out')}"
+        f" {100 * row['holdout_rate']:.1f} %{at_equal}, {distance_name([row], 'pixel')}{space}"
         f" {row['fd']:.4g}, in {duration(row['seconds'])}"
     )

@@ -30,7 +30,15 @@ from fastambient.files import keep_out_of_git, new_folder, refuse_existing
 from fastambient.processes import die_with_parent
 from fastambient.training.audits import audit_embedder, check_audits
 from fastambient.training.auto_sigma import choose_sigma_tn
-from fastambient.training.config import Settings, check, check_sigma_tn, network_config, read_yaml, resolve
+from fastambient.training.config import (
+    EvaluationSettings,
+    Settings,
+    check,
+    check_sigma_tn,
+    network_config,
+    read_yaml,
+    resolve,
+)
 from fastambient.training.data import check_hand_out, measure_sigma_data, open_clean, open_stream, store_set, use_noise
 from fastambient.training.distributed import (
     World,
@@ -124,8 +132,9 @@ def plan(request: TrainRequest, *, verify: bool = True) -> Plan:
     elif d.clean is not None or settings.noise.regime == "ambient":
         raise InputError("--clean and --regime ambient are for a store that was handed out (prepare --hand-out)")
     check_audits(settings, data)
-    if settings.training.audit_kimg:
-        audit_embedder(settings)  # weights that are absent are found before anything is prepared
+    settings = settings.with_values({"evaluation": _files(settings.evaluation)}, where="evaluation")
+    if settings.evaluation.audit_features != "pixel":
+        audit_embedder(settings)  # weights that are absent are found before anything is prepared or a pilot trains
     if settings.data.use_labels and not data.num_classes:
         raise InputError(f"data.use_labels: {settings.data.source} has no class labels")
     t = settings.training
@@ -264,6 +273,14 @@ def create_run(plan: Plan, out: Path, *, force: bool = False) -> Path:
         run.write_noise_seed(seed)
         keep_out_of_git(folder)
     return out
+
+
+def _files(e: EvaluationSettings) -> dict[str, str]:
+    """Embedders and weights that are files, to be found from any folder that the run is resumed or evaluated in."""
+    from fastambient.evaluation.embedders import NAMES
+
+    values = {name: getattr(e, name) for name in ("features", "audit_features", "weights")}
+    return {k: os.path.abspath(v) for k, v in values.items() if v and v not in NAMES and Path(v).is_file()}
 
 
 def start(path: Path, *, resume: bool = False, ranks: int | None = None, device: str | None = None) -> None:
