@@ -145,13 +145,16 @@ def test_the_sentence_without_a_control_says_so():
 def test_fewer_held_out_images_are_compared_at_equal_counts():
     m = _with(checks.run("r", 0.2, 40, train=200, holdout=80), memorization__control__train_rate=0.55).metrics
     assert "searches 80 held-out images" in report_figures.summary(m)["detail"]
-    assert "against as many training images the rate is 55.0\xa0%." in report_figures.summary(m)["detail"]
+    assert "against as many of the 200 training images the rate is 55.0\xa0%." in report_figures.summary(m)["detail"]
     rows = {f.name: f for f in report_figures.figures(m)}
     assert rows["Copy rate, equal counts"].value == "55.0\xa0%"
     assert rows["Nearest training image"].value == "3.33", "the median at equal counts, not the one of all images"
     m["similarity"]["control"] = {"images": 80, "train_mean": 0.61}
     rows = {f.name: f for f in report_figures.figures(m)}
     assert rows["Mean highest similarity"].detail.startswith("0.61 at equal counts, held-out 0.7")
+    assert "It sees 80 of 200 training images, and that part of the copies." in rows["Excess above 0.95"].meaning
+    m["similarity"]["control"]["images"] = 200
+    assert "what chance does not explain" in {f.name: f for f in report_figures.figures(m)}["Excess above 0.95"].meaning
     assert "Copy rate, equal counts" not in {f.name for f in report_figures.figures(checks.run("r", 0.2, 4).metrics)}
 
 

@@ -77,7 +77,11 @@ def test_fewer_held_out_than_training_images_are_compared_at_equal_counts(capsys
     assert f"{m['control']['train_median']:.2f} / {m['nearest_distance']['holdout_median']:.2f}" in out
     assert m["control"]["train_median"] > m["nearest_distance"]["median"]
     matched = 100 * m["control"]["train_rate"]
-    assert f"as many training images as the control's, the copy rate is: edm {matched:.1f} %, ambient 0.0 %" in out
+    of = items[0].metrics["counts"]["train_distinct"]
+    assert (
+        f"Against 20 of the {of} training images, as many as the control's, which sees that part of the copies," in out
+    )
+    assert f"the rate is: edm {matched:.1f} %, ambient 0.0 %" in out
     assert "of 20 training and of 20 held-out" in out
     row = next(line for line in out.splitlines() if line.startswith(" edm "))
     assert row.split(")")[1].split()[0] == "0.0" and matched > 0, "the control's rate, of held-out images"

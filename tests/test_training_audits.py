@@ -63,7 +63,9 @@ def test_planted_copies_are_counted_as_an_evaluation_counts_them():
     assert row["holdout_rate"] == gap["holdout_rate"] == 0.05
     assert row["train_rate"] == control["train_rate"] < 0.4, "at the control's count"
     assert row["ci95"] == gap["ci95"] and row["fd"] == pytest.approx(told["frechet"]["pixel"]["value"], rel=1e-6)
-    assert audits.excess(row) == row["train_rate"] - 0.05
+    assert audits.excess(row) == row["rate"] - 0.05 > row["train_rate"], (
+        "of fewer training images than train, few copies"
+    )
     assert "among as many training images" in audits.audit_line(row | {"kimg": 1, "seconds": 2})
 
 
@@ -238,7 +240,7 @@ def planted(rates):
 
     def answer(samples, sets, **protocol):
         rate = left.pop(0)
-        return {"samples": len(samples), "copies": 0, "rate": rate, "ci95": [0, 1], "train_rate": rate + 0.01,
+        return {"samples": len(samples), "copies": 0, "rate": rate + 0.01, "ci95": [0, 1], "train_rate": 0.0,
                 "holdout_rate": 0.01, "fd": 1.0}  # fmt: skip
 
     return answer
@@ -326,7 +328,7 @@ def test_settings_follow_from_each_other():
     assert t("training.audit_kimg=2").audit_kimg == 2
     refused = {
         ("training.stop_when_copying=0.05", "training.audit_kimg=0"): "above 0 with --stop-when-copying, got 0",
-        ("training.stop_when_copying=1",): r"a rate in \[0, 1\), got 1",
+        ("training.stop_when_copying=1",): r"a rate in \[0, 1\), 0.05 for 5 %, got 1",
         ("training.stop_when_copying=.nan",): r"a rate in \[0, 1\)",
         ("training.audit_kimg=-1",): "0 or more, got -1",
         ("evaluation.audit_num=1",): "2 or more, got 1",
@@ -358,7 +360,7 @@ def test_what_cannot_be_audited_is_refused(tmp_path):
 
 
 def test_the_last_allowed_audit():
-    rows = [{"nimg": n, "train_rate": r, "holdout_rate": 0.1} for n, r in ((1, 0.1), (2, 0.15), (3, 0.4))]
+    rows = [{"nimg": n, "rate": r, "holdout_rate": 0.1} for n, r in ((1, 0.1), (2, 0.15), (3, 0.4))]
     assert last_allowed(rows, 0.1)["nimg"] == 2 and last_allowed(rows, 0.01)["nimg"] == 1
     assert last_allowed(rows[2:], 0.1) is None and last_allowed([], 0.1) is None
 

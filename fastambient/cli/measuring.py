@@ -188,9 +188,9 @@ def sweep(
     features: Annotated[
         str | None,
         option(
-            "embedder of the evaluation and its FD",
+            "embedder of the evaluation and of the FD in the table and the plot",
             metavar="NAME",
-            default="evaluate's, below 16 pixels pixel; FD in pixels",
+            default="evaluation.features, efficientnet-lite0; below 16 pixels pixel",
         ),
     ] = None,
     audit_every: Annotated[

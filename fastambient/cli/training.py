@@ -154,7 +154,8 @@ def train(
         str | None,
         option(
             "noise level of the training set, in units of pixels in [-1, 1]; 0 is plain EDM; auto: where a pilot run of"
-            " plain EDM, a quarter as long, denoises held-out images worst beside training images",
+            " plain EDM, a quarter as long, denoises held-out images worst beside training images, or 1.5*R/64 where it"
+            " memorizes nothing yet",
             "--sigma-tn",
             metavar="S|auto",
             default="the store's, else 1.5*R/64 for RxR pixels",

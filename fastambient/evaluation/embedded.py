@@ -132,7 +132,7 @@ def _against(
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """What needs held-out features. `mirrored`: of the training images' mirror images, or None."""
-    from fastambient.evaluation.likelihood import feature_likelihood_divergence, likelihood_control, mifid
+    from fastambient.evaluation.likelihood import FEW, feature_likelihood_divergence, likelihood_control, mifid
     from fastambient.evaluation.quality import own_distances, quality
 
     told = quality(samples, holdout, embedder=embedder.name, seed=seed, device=embedder.device)
@@ -151,7 +151,12 @@ def _against(
     likelihood: dict[str, Any] | None = None
     try:
         likelihood = {"embedder": embedder.name, **feature_likelihood_divergence(samples, train, holdout, **fit)}
-        likelihood["control"] = likelihood_control(samples, train, holdout, **fit)
+        likelihood["control"] = control = likelihood_control(samples, train, holdout, **fit)
+        if control is not None and control["images"] < FEW:
+            notes.append(
+                f"FLD's gap ({embedder.name}) beside {control['images']} fresh images: below {FEW} chance moves it as"
+                " far as copying does; take more samples and hold more back before it is read."
+            )
     except InputError as error:  # features that tell no training images apart: all else stands
         notes.append(f"FLD ({embedder.name}) could not be measured: {error}")
     advance(1)

@@ -46,6 +46,7 @@ VARIANCE_BOUND = 1e-4
 MIFID_THRESHOLD = 0.1  # tau of the competition, for Inception's features
 _MIFID_EPSILON = 1e-6  # below it a cosine distance of float32 features is rounding
 _MOST = 10_000  # vectors of a set
+FEW = 100  # images on a side, below which the gap varies by more than copying moves it
 _CONTROL = 1000  # and of the control's, which is one more fit
 _BASE_SHRINK = 0.9
 _STEPS, _TOLERANCE = 100, 1e-6  # of expectation maximization; nats a dimension

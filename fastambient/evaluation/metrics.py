@@ -204,9 +204,7 @@ def _copying(
             "train_median": None if control is None else float(np.median(equal.distance[:, 0])),
             "excess_ci95": None
             if control is None
-            else list(
-                excess_interval(equal.copies(threshold), control.copies(threshold), resamples=bootstrap, seed=seed)
-            ),
+            else list(excess_interval(copies, control.copies(threshold), resamples=bootstrap, seed=seed)),
         },
         "copies_per_train_image": {
             "images_copied": len(per_image),

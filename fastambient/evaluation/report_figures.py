@@ -81,7 +81,7 @@ def summary(metrics: dict[str, Any]) -> dict[str, str]:
         found += f" The control searches {searched:,} held-out images, which the model never saw"
         rate = at(metrics, "memorization/control/train_rate")
         if searched < counts.get("train_distinct", searched) and rate is not None:
-            found += f"; against as many training images the rate is {percent(rate)}"
+            found += f"; against as many of the {train:,} training images the rate is {percent(rate)}"
         found += "."
     return {"lead": lead, "doubt": doubt(metrics), "detail": found}
 
@@ -198,8 +198,16 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
         return []
     space, rows = f"{_space(s['embedder'])}, cosine", []
     alike = " Small pictures of one kind reach it in pixels without being copies." if s["embedder"] == "pixel" else ""
-    fewer = at(s, "control/images") != at(metrics, "counts/train_distinct")
+    some, whole = at(s, "control/images"), at(metrics, "counts/train_distinct")
+    fewer = bool(some) and some != whole
     at_equal = {level: at(s, f"control/train_above_{level}") for level in ("0.9", "0.95") if fewer}
+    what = "The same less its share among equally many held-out images: what chance does not explain."
+    if fewer and whole:
+        what = (
+            f"Of {some:,} training images, chosen by chance, less that of {some:,} held-out ones: of more images the"
+            f" most similar one is more similar. It sees {some:,} of {whole:,} training images, and that part of"
+            " the copies."
+        )
     for level in ("0.9", "0.95"):
         ci, control, excess = s.get(f"above_{level}_ci95"), s.get(f"holdout_above_{level}"), s.get(f"excess_{level}")
         rows += [
@@ -209,8 +217,7 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
                 _share(s.get(f"above_{level}")), interval(ci) if ci else "", "lower",
             ),
             Figure(
-                COPYING, f"Excess above {level}", space,
-                "The same less its share among equally many held-out images: what chance does not explain.",
+                COPYING, f"Excess above {level}", space, what,
                 _share(excess), _beside(s.get(f"excess_{level}_ci95"), control, at_equal.get(level)), "lower",
             ),
         ]  # fmt: skip
@@ -284,6 +291,8 @@ def _quality(metrics: dict[str, Any]) -> list[Figure]:
             deviation = q.get("kid_std") if name.startswith("KID") else None
             better, meaning = _QUALITY.get(name.split("-")[0].lower(), ("", ""))
             beside = "" if deviation is None else f"\N{PLUS-MINUS SIGN} {number(deviation)}"
+            if name.startswith(("FD", "FID")) and (own := (metrics.get("frechet") or {}).get(q["embedder"])):
+                beside = _own(own, metrics["counts"])
             rows.append(
                 Figure(
                     QUALITY, name[:1].upper() + name[1:], _space(q["embedder"]),

@@ -106,7 +106,7 @@ def _notes(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
     fd, searched, gap = m["frechet"]["pixel"], m["memorization"]["control"]["images"], m["memorization"]["gap_ratio"]
     images = m["counts"]["train_distinct"]
     copies = f"Copy rate: samples whose nearest of {images} training images is {1 / gap['threshold']:.3g} times nearer"
-    copies += " than the second"
+    copies += " than the second" + (", mirror images included" if m["settings"]["protocol"]["flips"] else "")
     if gap["holdout_rate"] is None:
         lines = [f"{copies}.", f"Median L2: distance of a sample to the nearest of {images} training images."]
     else:
@@ -122,7 +122,8 @@ def _notes(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
         if searched < images:
             rates = (f"{name} {100 * each['memorization']['control']['train_rate']:.1f} %"
                      for name, each in zip(names, metrics, strict=True))  # fmt: skip
-            lines.insert(2, f"Against as many training images as the control's, the copy rate is: {', '.join(rates)}.")
+            some = f"Against {searched} of the {images} training images, as many as the control's, which sees that part"
+            lines.insert(2, f"{some} of the copies, the rate is: {', '.join(rates)}.")
     lines += _features(metrics, names)
     lines += dict.fromkeys(note for each in metrics if (note := fd_note(each)))
     lines += dict.fromkeys(note for each in metrics for note in each.get("notes") or ())

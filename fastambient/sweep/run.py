@@ -68,8 +68,9 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
         began = time.monotonic()
         store = Store.open(data) if data is not None else _own_store(request, out)
         check_holdout(store)
-        if request.features is None and store.resolution < _PHOTOGRAPHS:
-            request = replace(request, features="pixel")
+        if request.features is None:
+            asked_for = Settings().with_assignments(request.assignments).evaluation.features
+            request = replace(request, features="pixel" if store.resolution < _PHOTOGRAPHS else asked_for)
         for cell in planned:
             _create(request, cell, store, out / cell.name)
         todo = [cell for cell in planned if not _measured(request, out / cell.name)]

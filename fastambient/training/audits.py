@@ -166,8 +166,12 @@ def measure(
 
 
 def excess(row: dict[str, Any]) -> float:
-    """The held-out-controlled copy rate of a row: what is left of it when chance is taken off, at equal counts."""
-    return float(row["train_rate"] - row["holdout_rate"])
+    """The held-out-controlled copy rate of a row: what is left of it when chance is taken off.
+
+    Where fewer images are held out than train, the copies of all training images count: d1/d2 has no scale, so that
+    chance hardly depends on how many images are searched, while a part of them has only its part of the copies.
+    """
+    return float(row["rate"] - row["holdout_rate"])
 
 
 def last_allowed(rows: Sequence[dict[str, Any]], rate: float) -> dict[str, Any] | None:
@@ -305,8 +309,8 @@ class Auditor:
         rows = self.run.read_audits()
         row, end = last_allowed(rows, rate), rows[-1]
         last = (
-            f"{100 * end['train_rate']:.1f} % copies of as many training images as the control searches, less its"
-            f" {100 * end['holdout_rate']:.1f} %, are more than {100 * rate:.3g} % at {nimg / 1000:g} kimg"
+            f"{100 * end['rate']:.1f} % copies, less {100 * end['holdout_rate']:.1f} % of held-out images, are more"
+            f" than {100 * rate:.3g} % at {nimg / 1000:g} kimg"
         )
         if row is None or not self.snapshot(row["nimg"]).is_file():
             write(self.run.weights)

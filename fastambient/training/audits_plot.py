@@ -45,10 +45,6 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     above.plot(kimg, [100 * row["rate"] for row in rows], color=COPIES, marker="o", markersize=3, label="copies")
     control = [100 * row["holdout_rate"] for row in rows]
     above.plot(kimg, control, color=CONTROL, linestyle="--", marker="s", markersize=3, label="held-out control")
-    equal = [100 * row["train_rate"] for row in rows]
-    if equal != [100 * row["rate"] for row in rows]:  # what the rule compares, where fewer images are held out
-        label = "copies of as many training images"
-        above.plot(kimg, equal, color=COPIES, linestyle="-.", marker="^", markersize=3, label=label)
     if rate is not None:
         limit = [each + 100 * rate for each in control]
         above.plot(kimg, limit, color=CONTROL, linestyle=":", label=f"control + {100 * rate:g} %: stop above")
@@ -56,9 +52,9 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     above.set_ylim(bottom=0)
     above.legend(frameon=False, fontsize="small")
     below.plot(kimg, [row["fd"] for row in rows], color=QUALITY, marker="o", markersize=3)
-    distance = distance_name(rows, "pixel").replace(" (", "\n(")  # what it warns of is long
     spaces = ", ".join(dict.fromkeys(LABELS.get(x, x) for x in (row.get("embedder", "pixel") for row in rows)))
-    below.set_ylabel(f"{distance}\n({spaces}, lower is better)")
+    below.set_title(distance_name(rows, "pixel"), fontsize="small", loc="left")  # what it warns of is long
+    below.set_ylabel(f"FD ({spaces}),\nlower is better")
     below.set_xlabel("images seen (kimg)")
     for axes in (above, below):
         axes.grid(alpha=0.2)

@@ -342,7 +342,8 @@ def check(settings: Settings) -> None:
     finite("training.sample_kimg", t.sample_kimg or 0, least=0)
     finite("training.audit_kimg", t.audit_kimg or 0, least=0)
     if t.stop_when_copying is not None:
-        need(0 <= t.stop_when_copying < 1, "training.stop_when_copying", t.stop_when_copying, "a rate in [0, 1)")
+        rule = "training.stop_when_copying (--stop-when-copying)"
+        need(0 <= t.stop_when_copying < 1, rule, t.stop_when_copying, "a rate in [0, 1), 0.05 for 5 %")
         need(t.audit_kimg != 0, "training.audit_kimg (--audit-every)", t.audit_kimg, "above 0 with --stop-when-copying")
     for name, p in (("dropout", settings.model.dropout), ("label_dropout", settings.model.label_dropout)):
         need(0 <= p < 1, f"model.{name}", p, "a probability in [0, 1)")

@@ -172,12 +172,13 @@ class Monitor:
 
     def audit(self, row: dict[str, Any]) -> None:
         """A row of audits.jsonl, TensorBoard's points and the figure."""
+        from fastambient.training.audits import excess
         from fastambient.training.audits_plot import plot_audits
 
         with open(self.run.audits, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         points = {"copy_rate": row["rate"], "holdout_rate": row["holdout_rate"], "fd": row["fd"]}
-        for name, value in (points | {"excess": row["train_rate"] - row["holdout_rate"]}).items():
+        for name, value in (points | {"excess": excess(row)}).items():
             self.writer.add_scalar(f"audit/{name}", value, row["nimg"])
         plot_audits(self.run.path / "audits", self.run.read_audits(), rate=self.stop_rate)
         self.pause(row["seconds"])

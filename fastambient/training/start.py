@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from fastambient import models
-from fastambient.console import say
+from fastambient.console import say, warn
 from fastambient.data.dali import need_dali
 from fastambient.data.downloads import is_url
 from fastambient.data.loaders import ReadError, choose
@@ -357,6 +357,9 @@ def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None
             request = replace(request, options=options, auto_sigma_tn=False)
         planned = plan(request, verify=choice is None)
         _say_if_other_level(planned)
+        e, t = planned.settings.evaluation, planned.settings.training
+        if e.audit_features != Settings().evaluation.audit_features and not t.audit_kimg:
+            warn("--audit-features without audits has no effect; add --audit-every KIMG")
         create_run(planned, out, force=force)
         if choice is not None:
             choice.write(out)
