@@ -158,6 +158,8 @@ def test_the_training_side_is_also_searched_at_the_controls_count():
     memorization = evaluate(samples, train, holdout[:20], settings={}).metrics["memorization"]
     assert memorization["control"]["images"] == 20 and memorization["gap_ratio"]["rate"] == 0.30
     assert 0.03 <= memorization["control"]["train_rate"] <= 0.20
+    low, high = memorization["control"]["excess_ci95"]
+    assert 0.20 < low < 0.30 - memorization["gap_ratio"]["holdout_rate"] < high, "but the excess has all copies in it"
 
 
 def test_the_smaller_side_is_drawn_from_all_images():

@@ -492,6 +492,21 @@ def test_a_store_is_swept_where_it_lies_and_needs_held_out_images(tmp_path, here
         sweep(asked(data="nowhere"), tmp_path / "other")
     assert not (tmp_path / "other").exists(), "a request that is refused leaves nothing behind"
 
+    # Where fewer are held out than train, all copies count.
+    cell = tmp_path / "sweep" / "ambient-0.2-seed0"
+    measured = json.loads((cell / "measured.json").read_text())
+    measured["metrics"]["memorization"]["gap_ratio"] |= {"rate": 0.5, "holdout_rate": 0.1}
+    measured["metrics"]["memorization"]["control"]["train_rate"] = 0.05
+    (cell / "measured.json").write_text(json.dumps(measured))
+    assert sweep_results.result_of_cell("ambient", 0.2, 0, cell, "pixel")["excess"] == 0.4
+
+
+def test_the_embedder_suits_the_pictures():
+    """It is that of the distances in the table, too: in pixels photographs are hardly told apart."""
+    assert [sweep_run.features_of(SweepRequest(), r) for r in (8, 15, 16)] == ["pixel", "pixel", "efficientnet-lite0"]
+    assert sweep_run.features_of(SweepRequest(features="inception"), 8) == "inception"
+    assert sweep_run.features_of(SweepRequest(assignments=["evaluation.features=none"]), 16) == "none"
+
 
 def test_somebodys_folder_is_not_swept_in(tmp_path):
     (tmp_path / "mine").mkdir()

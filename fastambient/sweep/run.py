@@ -68,9 +68,7 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
         began = time.monotonic()
         store = Store.open(data) if data is not None else _own_store(request, out)
         check_holdout(store)
-        if request.features is None:
-            asked_for = Settings().with_assignments(request.assignments).evaluation.features
-            request = replace(request, features="pixel" if store.resolution < _PHOTOGRAPHS else asked_for)
+        request = replace(request, features=features_of(request, store.resolution))
         for cell in planned:
             _create(request, cell, store, out / cell.name)
         todo = [cell for cell in planned if not _measured(request, out / cell.name)]
@@ -106,6 +104,15 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
             for path in (out / "logs", out):
                 with suppress(OSError):
                     path.rmdir()
+
+
+def features_of(request: SweepRequest, resolution: int) -> str:
+    """The embedder that is asked for, or that suits pictures of this size."""
+    if request.features is not None:
+        return request.features
+    if resolution < _PHOTOGRAPHS:
+        return "pixel"
+    return Settings().with_assignments(request.assignments).evaluation.features
 
 
 def check_holdout(store: Store) -> None:

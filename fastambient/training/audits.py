@@ -78,8 +78,7 @@ def audit_embedder(settings: Settings, *, device: str = "cpu") -> Embedder:
     from fastambient.evaluation.run import embedder_settings, open_embedder
 
     e = settings.evaluation
-    with torch.random.fork_rng(devices=[]):  # a network is built with random weights before it gets its own
-        found = open_embedder(*embedder_settings(e, e.audit_features, None, None), device=device)
+    found = open_embedder(*embedder_settings(e, e.audit_features, None, None), device=device)
     assert found is not None  # by the settings' check
     return found
 
