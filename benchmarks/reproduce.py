@@ -50,10 +50,8 @@ PICTURES = {  # resolution, training images, kimg, kimg between audits, precisio
 PICTURES_SET = ("training.batch=32", "training.lr=2e-3", "model.dropout=0.0")
 PICTURES_FEATURES, PICTURES_HOLDOUT = "efficientnet-lite0", 1000
 SCALES = (0.0, 0.5, 1.0, 2.0)  # of 1.5*R/64
-MANY = {
-    "digits": (1500, None),
-    "pictures": (10_000, 72.0),
-}  # of the figures' first row: images, kimg (None: the part's)
+# Of the figures' first row: training images, kimg (None: the part's).
+MANY: dict[str, tuple[int, float | None]] = {"digits": (1500, None), "pictures": (10_000, 72.0)}
 PARTS = ("digits", *(f"digits-{n}" for n in DIGITS), "pictures", *PICTURES, "figures")
 TINY = ["model.model_channels=8", "model.channel_mult=[1,2]", "model.attn_resolutions=[4]", "model.num_blocks=1",
         "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]  # fmt: skip

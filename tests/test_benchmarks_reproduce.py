@@ -84,7 +84,28 @@ def test_each_run_where_its_copying_passes_the_target(tmp_path):
     assert (found["seeds"], found["found"]) == (2, "better") and found["fd"]["mean"] == pytest.approx(-0.5)
     assert found["excess"]["mean"] == pytest.approx(0.0)
     reproduce_page.merge(tmp_path / "sweep-a.json", summary, **DAY)
-    assert "The same where copying passes 5 %, so that both copy alike" in reproduce_page.document(tmp_path)
+    text = reproduce_page.document(tmp_path)
+    assert "The same where copying passes 5 %, so that both copy alike" in text
+    # from none to 6 % both are at the same distance, whatever the share and however it is found; 10 % is not reached
+    lines = [line for line in text.splitlines() if line.startswith("| ambient | 0.2 | 2 | ") and "% | -" in line]
+    assert lines == [f"| ambient | 0.2 | 2 | {s} % | {' | '.join(['-0.5 (-0.5 to -0.5)'] * 2)} |" for s in (2, 5)]
+    lonely = [c for c in summary["cells"] if c["seed"] == 0]
+    assert reproduce_page._at_shares(lonely) == [], "one seed tells nothing"
+
+
+def test_a_share_of_copies_is_found_by_rates_and_by_log_odds():
+    """One in ten of the way by the rates is further by the log-odds, and the distances there differ."""
+    summary = swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5))
+    for cell in summary["cells"]:
+        steep = (0.0, 0.5) if cell["kind"] == "edm" else (0.04, 0.06)
+        cell["audits"] = [
+            {"kimg": k, "samples": 512, "excess": e, "fd": 10.0 - k} for k, e in zip((0, 1), steep, strict=True)
+        ]
+    (row,) = [line for line in reproduce_page._at_shares(summary["cells"]) if "| 5 % |" in line]
+    by_odds, by_rates = (float(cell.split("(")[0]) for cell in row.split("|")[5:7])
+    assert by_rates == pytest.approx(-0.4, abs=0.01) and by_odds == pytest.approx(0.03, abs=0.01), (
+        "a steep curve is late"
+    )
 
 
 def test_better_in_one_needs_the_other_settled():

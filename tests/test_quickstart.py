@@ -30,7 +30,7 @@ def test_the_quickstart_ends_in_a_report_that_compares_both(tmp_path):
         assert metrics["counts"]["samples"] == 1000 and metrics["counts"]["train"] == 100
         assert metrics["memorization"]["gap_ratio"]["holdout_rate"] < 0.01
         rates[name] = metrics["memorization"]["gap_ratio"]["rate"]
-    # EDM copies 20 to 48 % over seeds and the ambient model 7 to 16 % (docs/results.md, 100 digits).
+    # Means over three seeds: 34 % (20 to 48) and 11 % (7 to 16) (docs/results.md, 100 digits).
     assert rates["ambient"] < 0.7 * rates["edm"] and rates["edm"] > 0.1
     page = (tmp_path / "quick" / "report.html").read_text()
     assert (

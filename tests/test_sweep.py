@@ -588,7 +588,7 @@ def test_no_two_cells_share_a_noise_seed_however_a_sweep_grows(tmp_path):
 
 
 def test_an_error_of_a_cell_is_one_line(tmp_path, capsys):
-    assert cell_main([str(tmp_path / "none"), "8", "cpu"]) == 2
+    assert cell_main([str(tmp_path / "none"), "8", "cpu", "none"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: there is no run folder") and err.count("\n") == 1
 

@@ -154,8 +154,8 @@ def _against(
         likelihood["control"] = control = likelihood_control(samples, train, holdout, **fit)
         if control is not None and control["images"] < FEW:
             notes.append(
-                f"FLD's gap ({embedder.name}) beside {control['images']} fresh images: below {FEW} chance moves it as"
-                " far as copying does; take more samples and hold more back before it is read."
+                f"FLD's gap ({embedder.name}) beside {control['images']} fresh images: of fewer than {FEW} it differs"
+                " widely from split to split; take more samples and hold more back before it is read."
             )
     except InputError as error:  # features that tell no training images apart: all else stands
         notes.append(f"FLD ({embedder.name}) could not be measured: {error}")

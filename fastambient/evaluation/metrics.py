@@ -62,7 +62,8 @@ def evaluate(
 
     The copy rate searches all training images. A nearest neighbour lies the nearer, the more images are searched, so
     the held-out control searches as many distinct images as there are on the training side; where fewer are held out,
-    ``memorization.control`` (and ``similarity.control``) hold the training side at that smaller count, too.
+    ``memorization.control`` (and ``similarity.control``) hold the training side at that smaller count, too;
+    ``excess_ci95`` there is of the copies of all training images less those of the control.
 
     Parameters
     ----------

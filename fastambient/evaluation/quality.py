@@ -148,6 +148,11 @@ def distance_name(rows: Sequence[dict[str, Any]], embedder: str) -> str:
     return " | ".join(dict.fromkeys(names))
 
 
+def spaces(rows: Sequence[dict[str, Any]]) -> str:
+    """The embedders of rows' distances; rows that name none are in pixels."""
+    return ", ".join(dict.fromkeys(row.get("embedder") or "pixel" for row in rows))
+
+
 def _count(n: int) -> str:
     if n < 1000:
         return str(n)

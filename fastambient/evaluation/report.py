@@ -17,10 +17,9 @@ from markupsafe import Markup, escape
 from fastambient.errors import InputError
 from fastambient.evaluation import report_figures as figures
 from fastambient.evaluation import report_plots as plots
-from fastambient.evaluation.embedders import LABELS
 from fastambient.evaluation.frechet import bias_note
 from fastambient.evaluation.metrics import Evaluation
-from fastambient.evaluation.quality import distance_name
+from fastambient.evaluation.quality import distance_name, spaces
 from fastambient.evaluation.report_gallery import gallery_data, is_copy, most_copied, nearest_pairs, reduced
 from fastambient.files import write_bytes
 from fastambient.pictures import grid, png_bytes
@@ -164,14 +163,8 @@ def _timeline(runs: Sequence[RunReport]) -> dict[str, Markup | None]:
     measured = [row for run in runs for row in run.timeline if plots.finite(row.get("fd"))]
     return {
         "rate": plots.curves(rate, kimg, "copies (%)", marks=True, bands=bands, dotted=control, percent=True),
-        "fd": plots.curves(fd, kimg, f"{distance_name(measured, 'pixel')}, {_spaces(measured)}", marks=True),
+        "fd": plots.curves(fd, kimg, f"{distance_name(measured, 'pixel')}, {spaces(measured)}", marks=True),
     }
-
-
-def _spaces(rows: Sequence[dict[str, Any]]) -> str:
-    """The embedders of audits' distances, for people; rows that name none are in pixels."""
-    names = dict.fromkeys(row.get("embedder") or "pixel" for row in rows)
-    return ", ".join(LABELS.get(name, name) for name in names)
 
 
 def _training(runs: Sequence[RunReport]) -> dict[str, Markup | None]:

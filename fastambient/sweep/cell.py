@@ -1,4 +1,4 @@
-"""One cell of a sweep, in a process of its own: ``python -m fastambient.sweep.cell RUN NUM DEVICE [FEATURES]``.
+"""One cell of a sweep, in a process of its own: ``python -m fastambient.sweep.cell RUN NUM DEVICE FEATURES``.
 
 What ``train --resume``, ``sample`` and ``evaluate`` do one after the other, in one process, because starting three
 takes longer than measuring a small run. measured.json is written last: how it was measured and what came of it,
@@ -11,14 +11,13 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from fastambient.errors import FastambientError
 from fastambient.files import write_json
 from fastambient.sweep.results import MEASURED, SAMPLES, marker
 
 
-def run_cell(path: Path, num: int, device: str, features: str | None) -> None:
+def run_cell(path: Path, num: int, device: str, features: str) -> None:
     """Train the run to its end, draw seeds 0 to num-1 into samples.npz, and measure them into metrics.json."""
     from fastambient.evaluation.run import evaluate_run
     from fastambient.sampling import write_samples
@@ -26,8 +25,7 @@ def run_cell(path: Path, num: int, device: str, features: str | None) -> None:
 
     start(path, resume=True, device=device)
     write_samples(path, range(num), path / SAMPLES, device=device, force=True)
-    chosen: dict[str, Any] = {} if features is None else {"features": features}
-    found = evaluate_run(path, samples=path / SAMPLES, device=device, **chosen)
+    found = evaluate_run(path, samples=path / SAMPLES, device=device, features=features)
     write_json(path / MEASURED, marker(num, features) | {"metrics": found.metrics})
 
 
@@ -38,9 +36,9 @@ def main(arguments: list[str]) -> int:
         raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGTERM, terminate)
-    path, num, device, *features = arguments
+    path, num, device, features = arguments
     try:
-        run_cell(Path(path), int(num), device, features[0] if features else None)
+        run_cell(Path(path), int(num), device, features)
     except FastambientError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

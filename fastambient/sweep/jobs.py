@@ -28,16 +28,15 @@ class _Job:
 
     def __init__(self, request: SweepRequest, path: Path, log: Path, place: int, threads: int) -> None:
         self.path, self.place = path, place
-        features = [] if request.features is None else [request.features]
+        asked = (str(path), str(request.num), "cuda" if request.gpus else "cpu", str(request.features))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # each is a run of its own, whatever started this one
             environment.pop(name, None)
         if request.gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(place % request.gpus)
         self.log: IO[str] = open(log, "a+", encoding="utf-8")  # noqa: SIM115
-        device = "cuda" if request.gpus else "cpu"
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "fastambient.sweep.cell", str(path), str(request.num), device, *features],
+            [sys.executable, "-m", "fastambient.sweep.cell", *asked],
             env=environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, preexec_fn=die_with_parent,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then tells the children once
         )  # fmt: skip

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastambient.evaluation.quality import distance_name
-from fastambient.sweep.results import KINDS, STOPPED, audit_space
+from fastambient.evaluation.quality import distance_name, spaces
+from fastambient.sweep.results import KINDS, STOPPED
 from fastambient.training.audits_plot import save_figure
 
 _STYLE = {  # colour and marker: curves differ by more than colour
@@ -108,7 +108,7 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
     seen, copies, distance = (
         "images seen (kimg)",
         "copies less those of the control (% of samples)",
-        _distance(rows, audit_space(rows)),
+        _distance(rows, spaces(rows)),
     )
     panels[2].axvline(100 * summary["chosen"]["target"], color="#777777", linewidth=0.9, linestyle=":")
     for axes, (x, y) in zip(panels, ((seen, copies), (seen, distance), (copies, distance)), strict=True):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from safetensors import safe_open
 from scipy.stats import t as student
 
 from fastambient.evaluation.memorization import bootstrap_interval
-from fastambient.evaluation.quality import distance_name
+from fastambient.evaluation.quality import distance_name, spaces
 from fastambient.evaluation.report_figures import doubt
 from fastambient.training import checkpoint
 from fastambient.training.audits import excess
@@ -46,7 +46,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def marker(num: int, features: str | None) -> dict[str, Any]:
+def marker(num: int, features: str) -> dict[str, Any]:
     """How samples.npz was measured: measured.json, beside what came of it (``metrics``)."""
     return {"num": num, "features": features}
 
@@ -90,32 +90,32 @@ def best_audit(audits: Sequence[dict[str, Any]], target: float) -> dict[str, Any
     return min((a for a in audits if a["excess"] <= target), key=lambda a: a["fd"], default=None)
 
 
-def passing(audits: Sequence[dict[str, Any]], target: float) -> dict[str, Any] | None:
+def passing(
+    audits: Sequence[dict[str, Any]], target: float, *, scale: Callable[[float, int], float] | None = None
+) -> dict[str, Any] | None:
     """Where the controlled copy rate passes `target` for the first time: kimg and fd between the audit before and the
     one that is above it; what the distances are (samples, embedder ...) is theirs. None where it never does, or did
     before the first audit.
 
     The place between them is that of the log-odds of the rates, which grow about evenly while copying begins; by the
     rates themselves it would be too early, the more so the faster a model comes to copy.
+
+    scale : of a rate and the number of samples; None for log-odds
     """
+    scale = scale or log_odds
     for before, after in pairwise(audits):
         if before["excess"] <= target < after["excess"]:
-            low, at, high = (_log_odds(rate, after["samples"]) for rate in (before["excess"], target, after["excess"]))
+            low, at, high = (scale(rate, after["samples"]) for rate in (before["excess"], target, after["excess"]))
             part = (at - low) / (high - low)
             between = {n: before[n] + part * (after[n] - before[n]) for n in ("kimg", "fd")}
             return after | between | {"excess": target}
     return None
 
 
-def _log_odds(rate: float, samples: int) -> float:
+def log_odds(rate: float, samples: int) -> float:
     """Of a share of so many samples, with half a sample added on either side: finite at none (Haldane, 1956)."""
     copies = max(rate, 0.0) * samples
     return math.log((copies + 0.5) / (samples - copies + 0.5))
-
-
-def audit_space(rows: Sequence[dict[str, Any]]) -> str:
-    """The embedders of audits' distances; those that name none are in pixels."""
-    return ", ".join(dict.fromkeys(row.get("embedder") or "pixel" for row in rows))
 
 
 def cell_line(row: dict[str, Any]) -> str:
@@ -312,14 +312,15 @@ def table(summary: dict[str, Any]) -> str:
     if audited:
         ends = [c["best"] for c in cells if c["best"]]
         samples, limit = ends[0]["samples"], f"{100 * chosen['target']:g} %"
+        short = distance_name(ends[:1], "pixel").partition(" vs")[0]
         lines += [
             f"Each stopped at its best: the audit of the least FD among those with at most {limit} copies above the"
-            f" control ({samples:,} samples, {audit_space(ends)} space; the FD that is shown is the one that was chosen"
+            f" control ({samples:,} samples, {spaces(ends)} space; the FD that is shown is the one that was chosen"
             f" by, for all alike). The last two columns: where copying passes {limit}, between the audits before and"
             " after by the log-odds of their rates: FD at the same copying, of the runs that come to copy so much.",
             "",
             "| model | sigma_tn | seeds | kimg | less the control |"
-            f" {distance_name(ends, 'pixel').replace('|', 'or')} | {limit} at kimg | FD-{samples} there |",
+            f" {distance_name(ends, 'pixel').replace('|', 'or')} | {limit} at kimg | {short} there |",
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [

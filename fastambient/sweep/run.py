@@ -204,7 +204,7 @@ def _measured(request: SweepRequest, path: Path) -> bool:
         there = json.loads((path / MEASURED).read_text())
     except (OSError, ValueError):
         return False
-    same = "metrics" in there and there == marker(request.num, request.features) | {"metrics": there["metrics"]}
+    same = "metrics" in there and there == marker(request.num, str(request.features)) | {"metrics": there["metrics"]}
     return same and (path / SAMPLES).is_file() and bool(finished(run, run.read_settings()))
 
 
@@ -232,9 +232,8 @@ def _write(request: SweepRequest, planned: list[Cell], summary: dict[str, Any], 
     audited = plot_training(out / "training", summary)
     print(text)
     seed = planned[0].seed  # the first one that has a cell
-    features = {} if request.features is None else {"features": request.features}
     runs = [
-        evaluate_run(out / c.name, samples=out / c.name / SAMPLES, name=c.name, **features).report  # type: ignore[arg-type]
+        evaluate_run(out / c.name, samples=out / c.name / SAMPLES, name=c.name, features=request.features).report
         for c in planned
         if c.seed == seed
     ]

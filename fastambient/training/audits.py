@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _MOST_NUMBERS = 2**25  # of held-out pixels in float64 (256 MiB); a Frechet distance takes a few times as much
 _MOST_EMBEDDED = 10_000  # held-out images that a network sees: minutes on a CPU, once
+_LOADED: set[tuple[str | None, ...]] = set()  # settings of embedders that this process could load
 _SNAPSHOTS = 2  # weights of the last audits at or below the rate that are kept
 
 
@@ -68,6 +69,14 @@ def need_holdout(what: str, settings: Settings, data: Source | Store | ShardStre
             f"{what} with {held or 'no'} held-out images, expected at least 2: without them copying cannot be told"
             " from chance; hold more back (data.holdout, prepare --holdout)"
         )
+
+
+def check_audit_embedder(settings: Settings) -> None:
+    """InputError where `audit_embedder` would raise one. A sweep's cells share theirs, which is loaded once."""
+    e = settings.evaluation
+    if (key := (e.audit_features, e.features, e.weights, e.preprocess)) not in _LOADED:
+        audit_embedder(settings)
+        _LOADED.add(key)
 
 
 def audit_embedder(settings: Settings, *, device: str = "cpu") -> Embedder:
@@ -325,14 +334,13 @@ class Auditor:
 
 def audit_line(row: dict[str, Any]) -> str:
     """A row for people."""
-    from fastambient.evaluation.quality import distance_name
+    from fastambient.evaluation.quality import distance_name, spaces
 
-    space = "" if (name := row.get("embedder", "pixel")) == "pixel" else f" ({name})"
     low, high = (100 * side for side in row["ci95"])
     matched = row["train_rate"]
     at_equal = "" if matched == row["rate"] else f" (among as many training images {100 * matched:.1f} %)"
     return (
         f"audit at {row['kimg']:g} kimg: {100 * row['rate']:.1f} % copies ({low:.1f} - {high:.1f} %), held-out control"
-        f" {100 * row['holdout_rate']:.1f} %{at_equal}, {distance_name([row], 'pixel')}{space}"
+        f" {100 * row['holdout_rate']:.1f} %{at_equal}, {distance_name([row], 'pixel')} ({spaces([row])})"
         f" {row['fd']:.4g}, in {duration(row['seconds'])}"
     )

@@ -34,8 +34,7 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     """
     from matplotlib.figure import Figure
 
-    from fastambient.evaluation.embedders import LABELS
-    from fastambient.evaluation.quality import distance_name
+    from fastambient.evaluation.quality import distance_name, spaces
 
     kimg = [row["kimg"] for row in rows]
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
@@ -52,9 +51,8 @@ def plot_audits(path: Path, rows: Sequence[dict[str, Any]], *, rate: float | Non
     above.set_ylim(bottom=0)
     above.legend(frameon=False, fontsize="small")
     below.plot(kimg, [row["fd"] for row in rows], color=QUALITY, marker="o", markersize=3)
-    spaces = ", ".join(dict.fromkeys(LABELS.get(x, x) for x in (row.get("embedder", "pixel") for row in rows)))
     below.set_title(distance_name(rows, "pixel"), fontsize="small", loc="left")  # what it warns of is long
-    below.set_ylabel(f"FD ({spaces}),\nlower is better")
+    below.set_ylabel(f"FD ({spaces(rows)}),\nlower is better")
     below.set_xlabel("images seen (kimg)")
     for axes in (above, below):
         axes.grid(alpha=0.2)

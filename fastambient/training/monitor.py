@@ -15,6 +15,7 @@ from torch import Tensor
 from fastambient.console import duration, say, warn
 from fastambient.nvml import Gpu, Reading, summary
 from fastambient.system import peak_resident
+from fastambient.training.audits import excess
 from fastambient.training.distributed import World
 from fastambient.training.run import RunFolder, truncate
 
@@ -172,7 +173,6 @@ class Monitor:
 
     def audit(self, row: dict[str, Any]) -> None:
         """A row of audits.jsonl, TensorBoard's points and the figure."""
-        from fastambient.training.audits import excess
         from fastambient.training.audits_plot import plot_audits
 
         with open(self.run.audits, "a", encoding="utf-8") as file:

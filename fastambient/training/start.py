@@ -28,7 +28,7 @@ from fastambient.diffusion.ambient import share_message
 from fastambient.errors import FastambientError, InputError, check_seed
 from fastambient.files import keep_out_of_git, new_folder, refuse_existing
 from fastambient.processes import die_with_parent
-from fastambient.training.audits import audit_embedder, check_audits
+from fastambient.training.audits import check_audit_embedder, check_audits
 from fastambient.training.auto_sigma import choose_sigma_tn
 from fastambient.training.config import (
     EvaluationSettings,
@@ -134,7 +134,7 @@ def plan(request: TrainRequest, *, verify: bool = True) -> Plan:
     check_audits(settings, data)
     settings = settings.with_values({"evaluation": _files(settings.evaluation)}, where="evaluation")
     if settings.evaluation.audit_features != "pixel":
-        audit_embedder(settings)  # weights that are absent are found before anything is prepared or a pilot trains
+        check_audit_embedder(settings)  # absent weights are found before anything is prepared or a pilot trains
     if settings.data.use_labels and not data.num_classes:
         raise InputError(f"data.use_labels: {settings.data.source} has no class labels")
     t = settings.training
@@ -358,7 +358,7 @@ def new(request: TrainRequest, out: Path | None, *, force: bool = False) -> None
         planned = plan(request, verify=choice is None)
         _say_if_other_level(planned)
         e, t = planned.settings.evaluation, planned.settings.training
-        if e.audit_features != Settings().evaluation.audit_features and not t.audit_kimg:
+        if e.audit_features != "pixel" and not t.audit_kimg:
             warn("--audit-features without audits has no effect; add --audit-every KIMG")
         create_run(planned, out, force=force)
         if choice is not None:
