@@ -132,7 +132,7 @@ def section(name: str, found: dict[str, Any], figure: str | None = None) -> list
         "",
         *(
             [
-                "Over training, and, at the right, distance over copies along it (means of seeds at equal kimg; dotted:"
+                "Over training, and, below, distance over copies along it (means of seeds at equal kimg; dotted:"
                 f" {100 * TARGET:g} % copies):",
                 "",
                 f"![Copies and Frechet distance over images seen, and over each other, {name}](training-{name}.svg)",

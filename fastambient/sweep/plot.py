@@ -82,9 +82,10 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
     runs = [c for c in summary["cells"] if c["kind"] not in STOPPED and len(c.get("audits") or ()) > 1]
     if not runs:
         return False
-    figure = Figure(figsize=(13.5, 4.4), layout="constrained")
-    panels = figure.subplots(1, 3)
+    figure = Figure(figsize=(10.0, 8.4), layout="constrained")
+    panels = list(figure.subplot_mosaic([["copies", "distance"], ["both", "both"]]).values())
     levels = sorted({c["sigma_tn"] for c in runs if c["sigma_tn"]})
+    copying: list[float] = []
     for kind, level in dict.fromkeys((c["kind"], c["sigma_tn"]) for c in runs):
         each = [c["audits"] for c in runs if (c["kind"], c["sigma_tn"]) == (kind, level)]
         at = sorted(set.intersection(*({a["kimg"] for a in audits} for audits in each)))
@@ -104,6 +105,7 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
                 low, high = ([edge(values) for values in zip(*seeds, strict=True)] for edge in (min, max))
                 axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
         panels[2].plot(means["excess"], means["fd"], **style)
+        copying += [fd for rate, fd in zip(means["excess"], means["fd"], strict=True) if rate > 0]
     rows = [a for c in runs for a in c["audits"]]
     seen, copies, distance = (
         "images seen (kimg)",
@@ -113,9 +115,12 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
     panels[2].axvline(100 * summary["chosen"]["target"], color="#777777", linewidth=0.9, linestyle=":")
     for axes, (x, y) in zip(panels, ((seen, copies), (seen, distance), (copies, distance)), strict=True):
         axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set_ylabel(y, fontsize="small" if "\n" in y else None)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
+    if copying:  # what was there before any copies is above: the curves lie close where they matter
+        low = panels[2].get_ylim()[0]
+        panels[2].set_ylim(top=max(copying) + 0.1 * (max(copying) - low))
     panels[0].set_ylim(top=max(panels[0].get_ylim()[1], 1.0))
     panels[0].legend(frameon=False, fontsize="small")
     save_figure(path, figure)
