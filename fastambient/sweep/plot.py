@@ -119,8 +119,8 @@ def plot_training(path: Path, summary: dict[str, Any]) -> bool:
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     if copying:  # what was there before any copies is above: the curves lie close where they matter
-        low = panels[2].get_ylim()[0]
-        panels[2].set_ylim(top=max(copying) + 0.1 * (max(copying) - low))
+        bottom = panels[2].get_ylim()[0]
+        panels[2].set_ylim(top=max(copying) + 0.1 * (max(copying) - bottom))
     panels[0].set_ylim(top=max(panels[0].get_ylim()[1], 1.0))
     panels[0].legend(frameon=False, fontsize="small")
     save_figure(path, figure)
