@@ -45,8 +45,9 @@ from fastambient.data.loaders import cpus
 from fastambient.planning import PIXELS
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
+from fastambient.training.request import TrainRequest, plan
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, plan
+from fastambient.training.start import create_run
 
 SEED, SIGMA_TN = 5, 1.0
 LOADERS = ("resident", "dali", "workers")

@@ -42,8 +42,9 @@ from fastambient.planning import memory as predicted_memory
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
 from fastambient.training.monitor import peak_memory
+from fastambient.training.request import TrainRequest, plan
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, plan
+from fastambient.training.start import create_run
 from fastambient_kernels import Stream, normal
 
 _CPU_BATCH = {"digits": 64, "small16": 32, "small32": 8, "small64": 4, "cifar10-ddpmpp": 4, "cifar10-ncsnpp": 4}

@@ -65,7 +65,8 @@ def make_run(path: Path, *assignments: str, **options: Any) -> Path:
 
     options : `data` for another source, `noise_seed`
     """
-    from fastambient.training.start import TrainRequest, create_run, plan
+    from fastambient.training.request import TrainRequest, plan
+    from fastambient.training.start import create_run
 
     defaults = ["training.batch=8", "training.kimg=0.16", "training.sample_kimg=0", "training.checkpoint_kimg=0.08"]
     defaults.append("evaluation.features=none")  # a network that looks at pictures takes 30 ms each

@@ -18,7 +18,7 @@ from fastambient.errors import InputError
 from fastambient.training import checkpoint
 from fastambient.training.config import TrainingSettings, resolve
 from fastambient.training.optimizer import build_optimizer
-from fastambient.training.start import TrainRequest, plan
+from fastambient.training.request import TrainRequest, plan
 from fastambient_kernels import AdamEMA, adam_ema_apex
 from fastambient_kernels.adam_ema_apex import ApexAdamEMA, missing
 from fastambient_kernels.adam_ema_table import layout

@@ -26,8 +26,9 @@ from fastambient.training import audits, audits_plot, checkpoint, loop
 from fastambient.training.audits import AuditSets, check_audits, last_allowed, measure
 from fastambient.training.auto_sigma import choose_sigma_tn
 from fastambient.training.config import Settings, resolve
+from fastambient.training.request import TrainRequest, plan
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, plan, start
+from fastambient.training.start import start
 from fastambient.training.stopping import Interrupted
 
 AUDITED = ("training.audit_kimg=0.04", "evaluation.audit_num=6", "sampling.steps=2", "sampling.batch=4")

@@ -14,8 +14,9 @@ from fastambient.data.sources import open_source
 from fastambient.errors import InputError
 from fastambient.training import auto_sigma, start
 from fastambient.training.auto_sigma import LEAST, choose_sigma_tn, sigma_of_gap
+from fastambient.training.request import TrainRequest, describe
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, describe, new
+from fastambient.training.start import new
 from fastambient.training.stopping import Interrupted
 
 

@@ -11,11 +11,13 @@ from fastambient import system
 from fastambient.counting import count
 from fastambient.data import dali, loaders
 from fastambient.errors import InputError
-from fastambient.training import clock, estimate, loop, start
+from fastambient.training import clock, estimate, loop
+from fastambient.training import request as training_request
 from fastambient.training.config import network_config, resolve
 from fastambient.training.estimate import work_of
+from fastambient.training.request import TrainRequest, describe, plan
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, describe, plan
+from fastambient.training.start import create_run
 
 
 class Timed(nn.Module):
@@ -98,7 +100,7 @@ def test_dry_run_says_what_it_would_cost(tmp_path, monkeypatch):
     assert "\nloader resident: the set takes " in text
     monkeypatch.setattr(loaders, "available_memory", lambda: 1000)
     monkeypatch.setattr(dali, "missing", lambda device: "DALI is not installed")
-    monkeypatch.setattr(start, "estimate_run", lambda *_, **__: estimate.Estimate(0, 0, 0, ""))
+    monkeypatch.setattr(training_request, "estimate_run", lambda *_, **__: estimate.Estimate(0, 0, 0, ""))
     text = describe(TrainRequest(data="digits"))
     assert "\nloader workers: the set takes " in text and "DALI is not installed" in text
     assert not list(tmp_path.iterdir())
@@ -106,7 +108,9 @@ def test_dry_run_says_what_it_would_cost(tmp_path, monkeypatch):
 
 def test_a_set_that_is_not_held_takes_no_memory_of_the_batch(monkeypatch):
     counted = []
-    monkeypatch.setattr(start, "fit_micro_batch", lambda *_, data_bytes, **__: (counted.append(data_bytes), (8, ""))[1])
+    monkeypatch.setattr(
+        training_request, "fit_micro_batch", lambda *_, data_bytes, **__: (counted.append(data_bytes), (8, ""))[1]
+    )
     for memory in (10**9, 1000):
         monkeypatch.setattr(loaders, "available_memory", lambda memory=memory: memory)
         plan(TrainRequest(data="digits", fit=True))

@@ -17,8 +17,9 @@ from fastambient.sampling import load, write_samples
 from fastambient.sampling.plan import chosen_settings
 from fastambient.training.distributed import World
 from fastambient.training.loop import Trainer
+from fastambient.training.request import TrainRequest, plan
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, plan, start
+from fastambient.training.start import create_run, start
 
 SIGMA_TN = 0.3
 TINY = {

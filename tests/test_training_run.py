@@ -32,8 +32,9 @@ from fastambient.sampling import load, sample
 from fastambient.training import checkpoint, loop, stopping
 from fastambient.training.clock import crosses
 from fastambient.training.distributed import World
+from fastambient.training.request import TrainRequest, plan
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, new, plan, resume, start
+from fastambient.training.start import create_run, new, resume, start
 from fastambient.training.stopping import Interrupted
 
 

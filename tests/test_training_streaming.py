@@ -20,8 +20,9 @@ from fastambient.data import open_source, prepare
 from fastambient.data.streaming import read_journal
 from fastambient.errors import InputError
 from fastambient.evaluation.run import evaluate_run
+from fastambient.training.request import TrainRequest, plan
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, plan, start
+from fastambient.training.start import create_run, start
 
 TINY = {
     "model": {"model_channels": 8, "channel_mult": (1, 1), "num_blocks": 1, "attn_resolutions": ()},

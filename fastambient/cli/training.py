@@ -288,6 +288,7 @@ def train(
     """Train a model: EDM (--sigma-tn 0) or ambient diffusion."""
     from fastambient.training import start
     from fastambient.training.distributed import choose_ranks
+    from fastambient.training.request import TrainRequest, describe
 
     if resume is not None:
         given = {
@@ -323,13 +324,13 @@ def train(
         },
         "evaluation": {"audit_features": audit_features},
     }  # fmt: skip
-    request = start.TrainRequest(
+    request = TrainRequest(
         data=data, preset=preset, config=config, assignments=assignments or [], noise_seed=noise_seed, fit=fit,
         auto_sigma_tn=auto,
         options={s: {k: v for k, v in values.items() if v is not None} for s, values in options.items()},
     )  # fmt: skip
     if dry_run:
-        print(start.describe(request))
+        print(describe(request))
         return
     start.new(request, out, force=force)
 

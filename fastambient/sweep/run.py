@@ -35,8 +35,9 @@ from fastambient.sweep.results import (
 )
 from fastambient.training.config import Settings
 from fastambient.training.ending import finished
+from fastambient.training.request import TrainRequest, plan
 from fastambient.training.run import RunFolder
-from fastambient.training.start import TrainRequest, create_run, plan
+from fastambient.training.start import create_run
 
 _FILLED = (  # by create_run from the data, or of no influence on a run's numbers
     "data.source", "data.train", "data.holdout", "data.cache", "data.shard_index", "data.clean", "data.loader",

@@ -36,6 +36,7 @@ from fastambient.diffusion.ambient import default_sigma_tn
 from fastambient.errors import InputError
 from fastambient.files import refuse_existing, write_json
 from fastambient.training.audits import need_holdout
+from fastambient.training.request import TrainRequest, plan
 from fastambient.training.run import RunFolder
 
 SHARE = 0.25  # of the run's length
@@ -80,10 +81,8 @@ class Choice:
         write_json(run / "sigma_tn.json", told)
 
 
-def choose_sigma_tn(request: Any, out: Path) -> Choice:
+def choose_sigma_tn(request: TrainRequest, out: Path) -> Choice:
     """Train the pilot beside `out`, measure its gap, choose; the pilot goes again.
-
-    request : `TrainRequest`
 
     Raises
     ------
@@ -92,7 +91,7 @@ def choose_sigma_tn(request: Any, out: Path) -> Choice:
     """
     from fastambient.evaluation.denoising_gap import denoising_gap
     from fastambient.sampling import load
-    from fastambient.training.start import create_run, plan, start
+    from fastambient.training.start import create_run, start
     from fastambient.training.stopping import Interrupted
 
     if any(text.partition("=")[0].strip() == "noise.sigma_tn" for text in request.assignments):
