@@ -93,13 +93,14 @@ def _signed(found: dict[str, Any], scale: float, form: str) -> str:
 
 
 def _times(found: dict[str, Any]) -> str:
-    """Machines and days that the rows are of."""
+    """Machines, precisions and days that the rows are of."""
     days: dict[str, list[str]] = {}
     for row in found["rows"]:
-        seen = days.setdefault(row["device"], [])
+        where = row["device"] + (f", {p}" if (p := row.get("precision")) else "")
+        seen = days.setdefault(where, [])
         if row["date"] not in seen:
             seen.append(row["date"])
-    return "; ".join(f"on {device}, measured {' and '.join(sorted(dates))}" for device, dates in days.items())
+    return "; ".join(f"on {where}, measured {' and '.join(sorted(dates))}" for where, dates in days.items())
 
 
 def section(name: str, found: dict[str, Any], figure: str | None = None) -> list[str]:
@@ -246,10 +247,12 @@ def merge(file: Path, summary: dict[str, Any], *, device: str, date: str) -> Non
     """Put a sweep's cells among the rows of `file`: {"settings", "rows"}, a row a run with its device and date.
 
     A cell that is there already is replaced, further seeds, levels and baselines are added. Rows of other settings (data,
-    length, number of samples ...) are another experiment: they are dropped, and it is said.
+    length, number of samples ...) are another experiment: they are dropped, and it is said. A precision is none: it is the
+    machine's choice, as its kernels are, and each row says its own.
     """
     settings = dict(summary["settings"])
     settings["data"] = Path(settings["data"]).name  # wherever it lies
+    settings["assignments"] = [x for x in settings["assignments"] if not x.startswith("training.precision=")]
     rows = {c["name"]: c | {"device": device, "date": date} for c in summary["cells"]}
     if file.is_file():
         there = json.loads(file.read_text())

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+WARNING = "warning: "  # begins every line of `warn`
 _SHOW_AFTER_SECONDS = 2.0  # anything faster needs no bar
 _PLAIN_EVERY_SECONDS = 10.0  # without a terminal: one line this often
 
@@ -31,7 +32,7 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    console().print(f"warning: {message}")
+    console().print(f"{WARNING}{message}")
 
 
 def program() -> str:

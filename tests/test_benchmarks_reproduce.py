@@ -252,8 +252,6 @@ def test_the_sweeps_of_each_part():
     assert found["pictures-16-100"].kimg == 96 and "data.train=100" in found["pictures-16-100"].assignments
     assert {r.features for r in found.values()} == {"efficientnet-lite0"}
     assert found["pictures-16"].audit_every == 24
-    assert "training.precision=bf16" in found["pictures-32"].assignments
-    assert not any("precision" in text for text in found["pictures-16-100"].assignments)
     assert found["pictures-16"].sigma_tn == (0, 0.1875, 0.375, 0.75) and found["pictures-32"].sigma_tn[2] == 0.75
     assert "data.train=300" in found["pictures-32"].assignments
     assert "data.train=10000" in found["pictures-32-many"].assignments and len(cells(found["pictures-32-many"])) == 1
@@ -270,6 +268,29 @@ def test_the_sweeps_of_each_part():
         ), part
     with pytest.raises(SystemExit):
         reproduce.main(["--part", "digit"])
+
+
+def test_a_precision_is_the_machines_choice_and_each_row_says_its_own(tmp_path, monkeypatch, capsys):
+    """bf16 without units for it is many times slower than float32; seeds of both are one sweep."""
+    for units, gpus, precision in ((False, "0", "fp32"), (True, "0", "bf16"), (False, "1", "bf16")):
+        monkeypatch.setattr(reproduce, "bf16_on_cpu", lambda units=units: units)
+        for request in reproduce.requests(
+            arguments("--part", "pictures", "--source", "x.zip", "--gpus", gpus)
+        ).values():
+            assert [x for x in request.assignments if "precision" in x] == [f"training.precision={precision}"]
+    for seed, precision in ((0, "bf16"), (1, "fp32")):
+        summary = swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), seeds=(seed,))
+        summary["settings"] = summary["settings"] | {
+            "assignments": [f"training.precision={precision}", "data.train=100"]
+        }
+        for cell in summary["cells"]:
+            cell["precision"] = precision
+        reproduce_page.merge(tmp_path / "sweep-a.json", summary, **DAY)
+    found = json.loads((tmp_path / "sweep-a.json").read_text())
+    assert [r["precision"] for r in found["rows"]] == ["bf16", "bf16", "fp32", "fp32"]
+    assert found["settings"]["assignments"] == ["data.train=100"] and not capsys.readouterr().err
+    when = "measured 2026-11-24"
+    assert f"on a machine, bf16, {when}; on a machine, fp32, {when}." in reproduce_page.document(tmp_path)
 
 
 def test_where_results_go_is_there_before_the_first_run(tmp_path, monkeypatch):

@@ -340,6 +340,9 @@ class Here:
         run_cell(path, request.num, "cpu", request.features)
         Here.ran.append(path.name)
 
+    def warnings(self):
+        return []
+
     def failure(self):
         return ""
 
@@ -543,6 +546,39 @@ def test_a_cell_that_fails_is_named_and_the_others_are_measured(tmp_path, here, 
     assert "pictures of seed 1" in (tmp_path / "second" / "report.html").read_text()
     with pytest.raises(FastambientError, match=r"every cell failed:\nthe cell .*edm-seed0 failed"):
         sweep(asked(sigma_tn=(0,)), tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_what_runs_warn_of_is_said_once_and_named(tmp_path, here, monkeypatch, capsys):
+    """A run of hours in a precision that is slow here must not be found out from its log."""
+
+    class Warns(Here):
+        def warnings(self):
+            return ["slow here", f"only of {self.path.name}"]
+
+    monkeypatch.setattr(jobs, "_Job", Warns)
+    sweep(asked(kimg=0.016), tmp_path / "sweep")
+    said = [line for line in capsys.readouterr().err.splitlines() if "slow here" in line or "only of" in line]
+    assert said == [
+        "warning: edm-seed0: slow here", "warning: edm-seed0: only of edm-seed0",
+        "warning: ambient-0.2-seed0: only of ambient-0.2-seed0",
+    ]  # fmt: skip
+
+
+def test_warnings_of_a_cell_are_read_from_its_log(tmp_path, monkeypatch):
+    """Whole lines alone, each once, and none of what an earlier call wrote."""
+    log = tmp_path / "edm-seed0.log"
+    log.write_text("warning: of an earlier call\n")
+    write = "import sys; print('warning: one'); print('kimg 1'); sys.stdout.write('warning: tw'); sys.stdout.flush()"
+    popen = subprocess.Popen
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda command, **more: popen([sys.executable, "-c", write], **more))
+    job = jobs._Job(asked(), tmp_path / "edm-seed0", log, 0, 1)
+    job.child.wait()
+    assert job.warnings() == ["one"] and job.warnings() == []
+    with open(log, "a", encoding="utf-8") as more:
+        more.write("o\n")
+    assert job.warnings() == ["two"] and job.failure() == ""
+    job.end()
 
 
 def test_the_end_of_a_process_says_why(tmp_path):

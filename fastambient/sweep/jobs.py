@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from fastambient.console import progress, say, warn
+from fastambient.console import WARNING, progress, say, warn
 from fastambient.processes import die_with_parent
 from fastambient.sweep.request import Cell, SweepRequest
 from fastambient.sweep.results import STOPPED, cell_line, result_of_cell
@@ -35,11 +35,21 @@ class _Job:
         if request.gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(place % request.gpus)
         self.log: IO[str] = open(log, "a+", encoding="utf-8")  # noqa: SIM115
+        self.heard = log.stat().st_size  # bytes: what an earlier call was told is not said again
         self.child = subprocess.Popen(
             [sys.executable, "-m", "fastambient.sweep.cell", *asked],
             env=environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, preexec_fn=die_with_parent,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then tells the children once
         )  # fmt: skip
+
+    def warnings(self) -> list[str]:
+        """What the run has warned of since this was asked last, in whole lines."""
+        with open(self.log.name, "rb") as log:  # its own place in the file, which the process goes on writing
+            log.seek(self.heard)
+            lines = log.read().split(b"\n")[:-1]
+        self.heard += sum(len(line) + 1 for line in lines)
+        said = (line.decode("utf-8", "replace").strip() for line in lines)
+        return [line.removeprefix(WARNING) for line in said if line.startswith(WARNING)]
 
     def failure(self) -> str:
         """Of a process that has ended: the last thing that it said, "" where it did what it was to do."""
@@ -61,7 +71,8 @@ class _Job:
 def run_all(request: SweepRequest, todo: list[Cell], out: Path) -> dict[Cell, str]:
     """Train and measure these cells, `parallel` at once; returns which failed, and with what.
 
-    A cell that fails, by training that diverges for one, leaves the others running: each is a run of its own.
+    A cell that fails, by training that diverges for one, leaves the others running: each is a run of its own. What runs
+    warn of is said here as well, once for all of them.
     """
     cores = os.cpu_count() or 1
     parallel = min(request.parallel or request.gpus or cores, len(todo))
@@ -69,7 +80,7 @@ def run_all(request: SweepRequest, todo: list[Cell], out: Path) -> dict[Cell, st
     images = {c.name: round(RunFolder(out / c.name).read_settings().training.kimg * 1000) for c in todo}
     waiting = sorted(todo, key=lambda c: (request.seeds.index(c.seed), c.kind not in STOPPED))
     jobs: dict[Cell, _Job] = {}
-    count, total, failed = 0, len(todo), dict[Cell, str]()
+    count, total, failed, told = 0, len(todo), dict[Cell, str](), set[str]()
     seen = {c.name: RunFolder(out / c.name).images_seen() for c in todo}
     try:
         with progress("sweep", sum(images.values()) - sum(seen.values())) as advance:
@@ -84,6 +95,10 @@ def run_all(request: SweepRequest, todo: list[Cell], out: Path) -> dict[Cell, st
                     jobs[cell] = _Job(request, out / cell.name, log, place, threads)
                 for cell, job in list(jobs.items()):
                     ended = job.child.poll() is not None
+                    for text in job.warnings():
+                        if text not in told:
+                            warn(f"{cell.name}: {text}")
+                            told.add(text)
                     # A run that the rule stopped counts as whole: the time left is that of the others.
                     now = images[cell.name] if ended else min(RunFolder(job.path).images_seen(), images[cell.name])
                     advance(max(now - seen[cell.name], 0))

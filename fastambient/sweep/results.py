@@ -55,6 +55,7 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
     """A row of sweep.json from a run's measured.json and weights.
 
     seconds : that this run trained, without the beginning that it took over from a stopped one
+    precision : "fp32" or "bf16", of its training
     fd : of `features` where metrics.json has it, else in pixel space; `fd_space` says which
     kimg : images that the weights have seen; below `kimg_trained` where the stop rule went back
     train_fd : of the training images themselves; equal_counts : of as many samples and training images
@@ -72,6 +73,7 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
         "name": path.name, "kind": kind, "sigma_tn": sigma_tn, "seed": seed,
         "kimg": nimg / 1000, "kimg_trained": state.get("nimg", nimg) / 1000,
         "stopped_when_copying": state.get("ended") == "copying", "seconds": round(seconds, 1),
+        "precision": RunFolder(path).read_settings().training.precision,
         "samples": metrics["counts"]["samples"], "rate": m["gap_ratio"]["rate"], "ci95": m["gap_ratio"]["ci95"],
         "train_rate": m["control"]["train_rate"], "holdout_rate": m["gap_ratio"]["holdout_rate"],
         "excess": m["gap_ratio"]["rate"] - m["gap_ratio"]["holdout_rate"], "excess_ci95": m["control"]["excess_ci95"],
