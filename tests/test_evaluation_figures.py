@@ -177,11 +177,11 @@ def test_neighbours_without_held_out_images_show_the_training_images_alone(drawn
 
 
 def test_labels_break_between_folders_and_words():
-    assert wrapped("digits-100/ambient-0.2-seed0 (\u03c3_tn 0.2)").split("\n") == [
-        "digits-100/", "ambient-0.2-seed0", "(\u03c3_tn 0.2)",
+    assert wrapped("pictures-16/ambient-0.375-seed0 (\u03c3_tn 0.375)").split("\n") == [
+        "pictures-16/", "ambient-0.375-seed0", "(\u03c3_tn 0.375)",
     ]  # fmt: skip
     assert wrapped("a/edm-seed0 (EDM)") == "a/edm-seed0 (EDM)"
-    assert all(len(line) <= 18 for line in wrapped("x" * 40).split("\n"))
+    assert all(len(line) <= 20 for line in wrapped("x" * 40).split("\n"))
 
 
 def test_tiles_are_drawn_pixel_for_pixel(tmp_path):

@@ -14,7 +14,7 @@ from fastambient.files import write_bytes
 from fastambient.pictures import enlarge, grid
 
 _DPI = 100
-_NAME = 18  # characters a line of a row's label
+_NAME = 20  # characters a line of a row's label
 _TITLE = 8  # pixels a character of a title, of which it is broken into lines
 _COPY = "#b3261e"  # of the caption of a copy, which also says so in words
 

@@ -49,25 +49,27 @@ def check_audits(settings: Settings, data: Source | Store | ShardStream | None) 
     """
     if settings.training.audit_kimg:
         stops = settings.training.stop_when_copying is not None
-        need_holdout("--stop-when-copying" if stops else "--audit-every", settings, data)
+        option = "--stop-when-copying" if stops else "--audit-every"
+        need_holdout(option, settings, data, why="copying cannot be told from chance")
 
 
-def need_holdout(what: str, settings: Settings, data: Source | Store | ShardStream | None) -> None:
-    """InputError, in the name of the option `what`, where `data` has no two clean held-out images."""
+def need_holdout(what: str, settings: Settings, data: Source | Store | ShardStream | None, *, why: str) -> None:
+    """InputError, in the name of the option `what`, where `data` has no two clean held-out images; `why`: what there is
+    not without them."""
     if settings.data.stream or isinstance(data, ShardStream) or data is None:
         raise InputError(f"{what}: a stream holds no image back to compare with; leave --stream or {what} out")
     if isinstance(data, Store):
         if data.hand_out or data.train.images is None or data.holdout.images is None:
             raise InputError(
-                f"{what}: {data.path} was handed out, it holds no clean image to look for copies of; leave {what} out"
+                f"{what}: {data.path} was handed out, it holds no clean image to compare with; leave {what} out"
             )
         held = len(data.holdout)
     else:
         held = 2 if settings.data.holdout is None else settings.data.holdout
     if held < 2:
         raise InputError(
-            f"{what} with {held or 'no'} held-out images, expected at least 2: without them copying cannot be told"
-            " from chance; hold more back (data.holdout, prepare --holdout)"
+            f"{what} with {held or 'no'} held-out images, expected at least 2: without them {why}; hold more back"
+            " (data.holdout, prepare --holdout)"
         )
 
 

@@ -100,7 +100,8 @@ def choose_sigma_tn(request: TrainRequest, out: Path) -> Choice:
            "data.noisy=none")  # fmt: skip
     pilot = replace(request, assignments=[*request.assignments, *edm], auto_sigma_tn=False, fit=False)
     whole = plan(pilot)
-    need_holdout("--sigma-tn auto", whole.settings, whole.data)
+    why = "there is no gap between the denoising of seen and of unseen images"
+    need_holdout("--sigma-tn auto", whole.settings, whole.data, why=why)
     kimg = max(SHARE * whole.settings.training.kimg, whole.settings.training.batch / 1000)
     folder = out.with_name(f"{out.name}-pilot")
     refuse_existing(folder)
