@@ -9,6 +9,7 @@ not measured is not in it, and one that was measured on another day or machine i
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 from fastambient.console import duration, warn
 from fastambient.files import write_bytes, write_json
 from fastambient.sweep import BASELINES, TARGET
+from fastambient.sweep.audited import log_odds, passing
 from fastambient.sweep.plot import plot_pareto, plot_training
-from fastambient.sweep.results import KINDS, STOPPED, WITHIN, log_odds, over_seeds, passing, summarize, table
+from fastambient.sweep.results import KINDS, STOPPED, WITHIN, over_seeds, summarize, table
 
 READING = ("<!-- reading: begin -->", "<!-- reading: end -->")
 SHARES = (0.02, 0.05, 0.1, 0.2)  # of copies, at which distances are compared
@@ -50,9 +52,10 @@ def differences(summary: dict[str, Any], *, at: str | None = None, against_edm: 
         both = sorted(ours.keys() & theirs.keys())
         if not both:
             continue
-        row: dict[str, Any] = {"sigma_tn": sigma_tn, "ours": own, "against": kind, "seeds": len(both)}
+        row: dict[str, Any] = {"sigma_tn": sigma_tn, "ours": own, "against": kind, "seeds": len(both), "at": at}
         for key in ("excess", "fd"):
-            row[key] = over_seeds([ours[s][key] - theirs[s][key] for s in both])
+            known = _known([(ours[s], theirs[s]) for s in both]) if at == "passing" and key == "fd" else None
+            row[key] = over_seeds([ours[s][key] - theirs[s][key] for s in both], known)
         minds = {"excess": TARGET, "fd": WITHIN * over_seeds([theirs[s]["fd"] for s in both])["mean"]}
         row["found"] = _found(row, minds, deciding=("fd",) if at else ("excess", "fd"))
         if at == "passing" and len(both) < len(_by_seed(ended, own, sigma_tn).keys() & _by_seed(ended, kind, level)):
@@ -78,6 +81,11 @@ def _found(row: dict[str, Any], minds: dict[str, float], *, deciding: tuple[str,
     return "better" if better else "worse" if worse else "no clear difference"
 
 
+def _known(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[float]:
+    """Of each difference of two distances, the standard deviation that the audits' counts alone give it."""
+    return [math.hypot(a["fd_sd"], b["fd_sd"]) for a, b in pairs]
+
+
 def _by_seed(cells: list[dict[str, Any]], kind: str, sigma_tn: float) -> dict[int, dict[str, Any]]:
     return {c["seed"]: c for c in cells if c["kind"] == kind and c["sigma_tn"] == sigma_tn}
 
@@ -87,9 +95,9 @@ def _levels(cells: list[dict[str, Any]], kind: str) -> list[float]:
 
 
 def _signed(found: dict[str, Any], scale: float, form: str) -> str:
-    interval = found["interval"]
-    text = format(scale * found["mean"], form)
-    return text if interval is None else f"{text} ({scale * interval[0]:{form}} to {scale * interval[1]:{form}})"
+    """With its interval, but where seeds agree in all that is shown: that is no certainty."""
+    mean, *ends = (format(scale * x, form) for x in (found["mean"], *(found["interval"] or ())))
+    return mean if set(ends) <= {mean} else f"{mean} ({ends[0]} to {ends[1]})"
 
 
 def _times(found: dict[str, Any]) -> str:
@@ -195,7 +203,7 @@ def section(name: str, found: dict[str, Any], figure: str | None = None) -> list
 def _at_shares(cells: list[dict[str, Any]]) -> list[str]:
     """What differs from EDM at other shares of copies, and by how much it hangs on the way between two audits: a table of
     the configurations whose runs all pass a share, as EDM's do, in two seeds or more."""
-    scales = (log_odds, lambda rate, samples: rate)
+    scales = (log_odds, lambda rates, samples: rates)
     kinds = dict.fromkeys((c["kind"], c["sigma_tn"]) for c in cells if c["kind"] in ("ambient", "fresh-noise"))
     rows = []
     for kind, level in kinds:
@@ -205,8 +213,9 @@ def _at_shares(cells: list[dict[str, Any]]) -> list[str]:
             told = []
             for scale in scales:
                 pairs = [[passing(side[s]["audits"], share, scale=scale) for side in (ours, theirs)] for s in both]
-                if len(pairs) > 1 and all(a and b for a, b in pairs):
-                    told.append(_signed(over_seeds([a["fd"] - b["fd"] for a, b in pairs if a and b]), 1, "+.3g"))
+                there = [(a, b) for a, b in pairs if a and b]
+                if len(pairs) > 1 and len(there) == len(pairs):
+                    told.append(_signed(over_seeds([a["fd"] - b["fd"] for a, b in there], _known(there)), 1, "+.3g"))
             if told:
                 rows.append(f"| {KINDS[kind]} | {level:g} | {len(both)} | {100 * share:g} % | {' | '.join(told)} |")
     if not rows:
@@ -228,19 +237,23 @@ def _audited(cells: list[dict[str, Any]]) -> bool:
 
 
 def _comparison(title: str, rows: list[dict[str, Any]], *, named: str = "against") -> list[str]:
-    """A Markdown table of `differences`; its second column is what each row differs in."""
-    return [
+    """A Markdown table of `differences`; its second column is what each row differs in. Copies are left out where they are
+    equal by construction."""
+    alike = all(r["at"] == "passing" for r in rows)
+    heads = ["sigma_tn", "against" if named == "against" else "baseline", "seeds"]
+    heads += [*([] if alike else ["copies less the control, in points"]), "FD", ""]
+    lines = [
         f"{title} (below 0 is better), with 95 % intervals, each by itself (of twenty where nothing differs, one is clear):",
         "",
-        f"| sigma_tn | {'against' if named == 'against' else 'baseline'} | seeds | copies less the control, in points | FD | |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {r['sigma_tn']:g}{', stopped' * (r['ours'] == 'ambient-stop')} | {KINDS[r[named]]} | {r['seeds']} |"
-            f" {_signed(r['excess'], 100, '+.1f')} | {_signed(r['fd'], 1, '+.3g')} | {r['found']} |"
-            for r in rows
-        ),
-        "",
+        f"| {' | '.join(heads)} |".replace("|  |", "| |"),
+        "|---" * len(heads) + "|",
     ]
+    for r in rows:
+        copies = [] if alike else [_signed(r["excess"], 100, "+.1f")]
+        level = f"{r['sigma_tn']:g}{', stopped' * (r['ours'] == 'ambient-stop')}"
+        told = [level, KINDS[r[named]], str(r["seeds"]), *copies, _signed(r["fd"], 1, "+.3g"), r["found"]]
+        lines.append(f"| {' | '.join(told)} |")
+    return [*lines, ""]
 
 
 def merge(file: Path, summary: dict[str, Any], *, device: str, date: str) -> None:
@@ -294,7 +307,11 @@ def document(rows: Path, page: Path | None = None) -> str:
         "",
         "`make reproduce` writes this page from its rows (benchmarks/reproduce.py); every row was measured. EMA weights;"
         " copies by gap ratio d1/d2 < 1/3 in pixel space, the control searches equally many held-out images; baselines:"
-        " EDM, fresh noise, weight decay, early stopping.",
+        " EDM, fresh noise, weight decay, early stopping. A seed is one of training and noise: all runs of a sweep have the"
+        ' same training images, so that intervals over seeds say nothing of other ones. "Better" in a comparison: the'
+        " interval of copies or of FD lies below 0, and the other one below a loss that the rule which chooses a sigma_tn"
+        f" would mind, {100 * TARGET:g} points of copies or {100 * WITHIN:g} % of FD; where distances alone are compared,"
+        " theirs lies below 0.",
         "",
         READING[0],
         *([reading] if reading else []),

@@ -26,6 +26,7 @@ from fastambient.data.sources import open_source
 from fastambient.errors import FastambientError, InputError
 from fastambient.evaluation.run import evaluate_run
 from fastambient.sweep import BASELINES, SweepRequest, cells, jobs, sweep
+from fastambient.sweep import audited as audited_of
 from fastambient.sweep import plot as sweep_plot
 from fastambient.sweep import results as sweep_results
 from fastambient.sweep import run as sweep_run
@@ -220,7 +221,7 @@ def test_where_copying_passes_the_target():
         audited(row("fresh-noise", 0.2, 0, 0.1, 3.0), (1, 0.0, 1.4), (2, 0.01, 1.4)),
     ]
     above = audited(row("edm", 0, 2, 0.6, 3.0), (1, 0.2, 1.4), (2, 0.3, 1.4))["audits"]
-    assert sweep_results.passing(above, 0.05) is None and sweep_results.passing([], 0.05) is None
+    assert audited_of.passing(above, 0.05) is None and audited_of.passing([], 0.05) is None
     found = summarize(rows, target=0.05, within=0.1)
 
     def part(low: float, high: float) -> float:
@@ -252,10 +253,41 @@ def test_copying_that_grows_by_a_factor_is_found_between_audits_of_any_distance(
         rows = zip(range(0, 17, every), rates, (60 - 1.5 * k for k in range(0, 17, every)), strict=True)
         return [{"kimg": k, "samples": 10**6, "excess": e, "fd": fd} for k, e, fd in rows]
 
-    dense, sparse = (sweep_results.passing(audits(every), 0.05) for every in (1, 8))
+    dense, sparse = (audited_of.passing(audits(every), 0.05) for every in (1, 8))
     assert dense["kimg"] == pytest.approx(sparse["kimg"], abs=0.01) and dense["fd"] == pytest.approx(
         sparse["fd"], abs=0.02
     )
+
+
+def test_how_well_counts_say_where_copying_passes():
+    """The spread of the distance there is that of experiments which count as many samples anew, and few samples say less."""
+    kimg = np.arange(8.0)
+    truth = 1 / (1 + np.exp(4 - kimg))  # logistic: 5 % at 1.06 kimg
+
+    def audits(rates, samples: int) -> list[dict]:
+        rows = zip(kimg, rates, 60 - 3 * kimg, strict=True)
+        return [{"kimg": k, "samples": samples, "excess": float(e), "fd": fd} for k, e, fd in rows]
+
+    generator = np.random.default_rng(3)
+    spreads = []
+    for samples in (128, 2048):
+        drawn = [
+            audited_of.passing(audits(generator.binomial(samples, truth) / samples, samples), 0.05) for _ in range(400)
+        ]
+        true = np.std([found["fd"] for found in drawn if found])
+        told = audited_of.passing(audits(truth, samples), 0.05)["fd_sd"]
+        assert told == pytest.approx(true, rel=0.2)
+        spreads.append(told)
+    assert 3 < spreads[0] / spreads[1] < 5, "by the root of their number"
+
+
+def test_seeds_that_agree_by_luck_have_no_narrower_interval_than_their_measurement():
+    assert over_seeds([1.0, 1.0, 1.0])["interval"] == [1.0, 1.0]
+    low, high = over_seeds([1.0, 1.0, 1.0], [0.3, 0.3, 0.3])["interval"]
+    assert (low, high) == (pytest.approx(1 - 1.96 * 0.3 / 3**0.5), pytest.approx(1 + 1.96 * 0.3 / 3**0.5))
+    apart = [1.0, 2.0, 4.0]
+    assert over_seeds(apart, [0.1] * 3) == over_seeds(apart), "the wider one"
+    assert over_seeds([1.0], [0.3])["interval"] is None
 
 
 def test_an_audits_distance_is_in_the_features_that_it_names(tmp_path):

@@ -104,7 +104,10 @@ def test_what_auto_cannot_choose_for_is_refused(tmp_path, monkeypatch):
     cases = [
         (request(tmp_path, "noise.sigma_tn=0.1"), "--set noise.sigma_tn exclude each other"),
         (request(tmp_path, data=str(noisy.path)), "--sigma-tn"),
-        (request(tmp_path, data=str(none.path)), "--sigma-tn auto with no held-out images.* without them there is no gap between"),
+        (
+            request(tmp_path, data=str(none.path)),
+            "--sigma-tn auto with no held-out images.* without them there is no gap between",
+        ),
     ]
     for asked, message in cases:
         with pytest.raises(InputError, match=message):

@@ -290,7 +290,7 @@ def check_sets(train: np.ndarray, holdout: np.ndarray | None, *, flips: bool = F
 def few_held_out(count: int) -> str:
     """A line where so few held-out images are searched that the control tells nothing, else "".
 
-    A nearest neighbour among few images lies far, and the second hardly farther, so that their ratio is chance.
+    The images are themselves a sample: of a few, one that happens to lie apart from the others decides the rate.
     """
     if count >= _FEW:
         return ""

@@ -12,7 +12,8 @@ from its checkpoint (training/ending.py). The same command goes on where the las
 unfinished ones resumed.
 """
 
-from fastambient.sweep.request import BASELINES, TARGET, Cell, SweepRequest, cells
+from fastambient.sweep.request import BASELINES, Cell, SweepRequest, cells
+from fastambient.sweep.results import TARGET
 from fastambient.sweep.run import sweep
 
 __all__ = ["BASELINES", "TARGET", "Cell", "SweepRequest", "cells", "sweep"]

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastambient.errors import InputError, did_you_mean
-from fastambient.sweep.results import WITHIN
+from fastambient.sweep.results import TARGET, WITHIN
 from fastambient.training.config import check_sigma_tn
 
 BASELINES = ("fresh-noise", "weight-decay", "early-stop", "ambient-stop")
 WEIGHT_DECAY = 0.05  # decoupled, AdamW: what Transformers for images are usually trained with (He et al., 2022, MAE)
 STOP_RATE = 0.05  # of the early-stop and ambient-stop baselines
-TARGET = 0.05  # of the rule that chooses, see results.py
 _TWINS = {"edm": "early-stop", "early-stop": "edm", "ambient": "ambient-stop", "ambient-stop": "ambient"}
 _OWN = ("noise.sigma_tn", "noise.mode", "training.seed", "training.audit_kimg", "training.stop_when_copying")
 
@@ -30,7 +29,7 @@ class SweepRequest:
     kimg: float | None = None
     preset: str | None = None
     num: int = 1000  # samples a cell
-    features: str | None = None  # embedder of the evaluation; None: its default, below 16 pixels none
+    features: str | None = None  # embedder of the evaluation; None: its default, below 16 pixels "pixel"
     assignments: Sequence[str] = ()  # section.name=value, for every cell
     target: float = TARGET
     within: float = WITHIN

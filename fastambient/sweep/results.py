@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,17 @@ from scipy.stats import t as student
 from fastambient.evaluation.memorization import bootstrap_interval
 from fastambient.evaluation.quality import distance_name, spaces
 from fastambient.evaluation.report_figures import doubt
+from fastambient.sweep.audited import best_audit, passing
 from fastambient.training import checkpoint
 from fastambient.training.audits import excess
 from fastambient.training.ending import seconds_taken_over
 from fastambient.training.run import RunFolder
 
 SAMPLES, MEASURED = "samples.npz", "measured.json"  # of a cell's run folder
-WITHIN = 0.10
+TARGET, WITHIN = 0.05, 0.10
 STOPPED = ("early-stop", "ambient-stop")  # EDM and ambient again, up to where the stop rule ended them
 _OF_AN_AUDIT = ("kimg", "samples", "fd", "embedder", "dimensions", "references")
+_NORMAL = 1.96  # standard deviations on either side of 95 %
 _FAR = 2.0  # times the training images' own distance: from there on no model has learnt the set yet
 KINDS = {
     "edm": "EDM", "ambient": "ambient", "fresh-noise": "fresh noise", "weight-decay": "weight decay",
@@ -87,39 +88,6 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
     }  # fmt: skip
 
 
-def best_audit(audits: Sequence[dict[str, Any]], target: float) -> dict[str, Any] | None:
-    """The one of the least distance among those whose controlled copy rate is at most `target`; None without any."""
-    return min((a for a in audits if a["excess"] <= target), key=lambda a: a["fd"], default=None)
-
-
-def passing(
-    audits: Sequence[dict[str, Any]], target: float, *, scale: Callable[[float, int], float] | None = None
-) -> dict[str, Any] | None:
-    """Where the controlled copy rate passes `target` for the first time: kimg and fd between the audit before and the
-    one that is above it; what the distances are (samples, embedder ...) is theirs. None where it never does, or did
-    before the first audit.
-
-    The place between them is that of the log-odds of the rates, which grow about evenly while copying begins; by the
-    rates themselves it would be too early, the more so the faster a model comes to copy.
-
-    scale : of a rate and the number of samples; None for log-odds
-    """
-    scale = scale or log_odds
-    for before, after in pairwise(audits):
-        if before["excess"] <= target < after["excess"]:
-            low, at, high = (scale(rate, after["samples"]) for rate in (before["excess"], target, after["excess"]))
-            part = (at - low) / (high - low)
-            between = {n: before[n] + part * (after[n] - before[n]) for n in ("kimg", "fd")}
-            return after | between | {"excess": target}
-    return None
-
-
-def log_odds(rate: float, samples: int) -> float:
-    """Of a share of so many samples, with half a sample added on either side: finite at none (Haldane, 1956)."""
-    copies = max(rate, 0.0) * samples
-    return math.log((copies + 0.5) / (samples - copies + 0.5))
-
-
 def cell_line(row: dict[str, Any]) -> str:
     """A cell for people."""
     early = f", weights of {row['kimg']:g} kimg" if row["stopped_when_copying"] else ""
@@ -129,12 +97,18 @@ def cell_line(row: dict[str, Any]) -> str:
     )
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """{"mean", "interval"}: Student's 95 % interval of the mean over seeds, None for a single one."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
+def over_seeds(values: Sequence[float], known: Sequence[float] | None = None) -> dict[str, Any]:
+    """{"mean", "interval"}: Student's 95 % interval of the mean over seeds, None for a single one.
+
+    known : standard deviations that each value has by its measurement alone. Few seeds may agree by luck, closer than
+        they can be measured: the interval is then that of these deviations, the wider one.
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
         return {"mean": mean, "interval": None}
-    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    if known is not None:
+        half = max(half, float(_NORMAL * math.sqrt(np.square(known).sum()) / n))
     return {"mean": mean, "interval": [mean - half, mean + half]}
 
 
@@ -174,6 +148,8 @@ def summarize(cells: Sequence[dict[str, Any]], *, target: float, within: float) 
         found["best"] = _means(best) if all(best) else None
         pass_it = [c["passing"] for c in rows if c["passing"]]
         found["passing"] = {"seeds": len(pass_it), **(_means(pass_it) if pass_it else {})}
+        if pass_it:
+            found["passing"]["fd"] = over_seeds([c["fd"] for c in pass_it], [c["fd_sd"] for c in pass_it])
         configurations.append(found)
     order = list(KINDS)
     configurations.sort(key=lambda c: (order.index(c["kind"]), c["sigma_tn"]))
@@ -278,11 +254,13 @@ def table(summary: dict[str, Any]) -> str:
     heads = columns(summary)
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     lines += [f"| {' | '.join(row)} |" for row in rows_for_people(summary)]
-    seeds = max(len(c["seeds"]) for c in summary["configurations"])
+    counts = {len(c["seeds"]) for c in summary["configurations"]}
+    alone = "95 % intervals over samples (bootstrap; of few copies exact binomial)"
     over = (
         "Student's 95 % intervals of the mean over seeds (where these agree, of all their samples)"
-        if seeds > 1
-        else "95 % intervals over samples (bootstrap; of few copies exact binomial)"
+        + (f", and of a single seed {alone}" if 1 in counts else "")
+        if max(counts) > 1
+        else alone
     )
     chosen, train_fd = summary["chosen"], cells[0]["train_fd"]
     audited = [c for c in summary["configurations"] if c.get("best") and c["kind"] not in STOPPED]
@@ -318,8 +296,10 @@ def table(summary: dict[str, Any]) -> str:
         lines += [
             f"Each stopped at its best: the audit of the least FD among those with at most {limit} copies above the"
             f" control ({samples:,} samples, {spaces(ends)} space; the FD that is shown is the one that was chosen"
-            f" by, for all alike). The last two columns: where copying passes {limit}, between the audits before and"
-            " after by the log-odds of their rates: FD at the same copying, of the runs that come to copy so much.",
+            " by, which flatters all, and those most that have the most such audits). The last two columns: where"
+            f" copying passes {limit}, between the audits before and after by the log-odds of their rates: FD at the"
+            " same copying, of the runs that come to copy so much; its interval is at least as wide as the counts of"
+            " copies alone make it, if they were drawn again.",
             "",
             "| model | sigma_tn | seeds | kimg | less the control |"
             f" {distance_name(ends, 'pixel').replace('|', 'or')} | {limit} at kimg | {short} there |",
