@@ -59,14 +59,16 @@ def request(tmp_path, *assignments, **options):
 
 @pytest.mark.parametrize("memorizes", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_choice_is_the_runs_setting_and_a_resume_does_not_repeat_it(tmp_path, monkeypatch, capsys, memorizes):
-    asked = []
+    asked, classes, labelled = [], [], not memorizes
 
     def gap(denoiser, train, holdout, **how):
         asked.append((denoiser.metadata, len(train), len(holdout)))
+        classes.append([len(how[name]) for name in ("train_classes", "holdout_classes") if name in how])
         return bump(0.31, 3.0 if memorizes else 1.05, width=2.0)
 
     monkeypatch.setattr("fastambient.evaluation.denoising_gap.denoising_gap", gap)
-    new(request(tmp_path, "data.noisy=float16"), tmp_path / "run")
+    new(request(tmp_path, "data.noisy=float16", f"data.use_labels={str(labelled).lower()}"), tmp_path / "run")
+    assert classes == ([[100, 1697]] if labelled else [[]]), "a model of classes is asked with them"
     err = capsys.readouterr().err
     ((metadata, train, holdout),) = asked
     assert metadata["noise"]["sigma_tn"] == 0 and metadata["nimg"] == 24 and (train, holdout) == (100, 1697)

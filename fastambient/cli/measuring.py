@@ -29,7 +29,11 @@ def evaluate(
     ] = None,
     num: Annotated[
         int | None,
-        option("samples to draw (seeds 0 to N-1), or to read", metavar="N", default="the run's evaluation.num, 1000"),
+        option(
+            "samples to draw (seeds 0 to N-1), or to take by chance of --samples",
+            metavar="N",
+            default="the run's evaluation.num, 1000",
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -15,6 +15,7 @@ from fastambient.data.sources import open_source
 from fastambient.data.store import Store, is_store
 from fastambient.errors import InputError
 from fastambient.evaluation.embedders import DEFAULT
+from fastambient.evaluation.inputs import check_num, check_target
 from fastambient.evaluation.metrics import check_sets, evaluate
 from fastambient.evaluation.overviews import write_nearest
 from fastambient.evaluation.report import RunReport, write_report
@@ -64,20 +65,16 @@ def audit(
     ------
     InputError : a source that cannot be read, sets of different sizes, too few pictures, a held-out image that trained
     """
-    if out.is_dir() or not out.parent.is_dir():  # found now, not after the search
-        what = "is a folder" if out.is_dir() else f"cannot be made: there is no folder {out.parent}"
-        raise InputError(f"--out {out} {what}; name a file in a folder that exists")
-    if num is not None and num < 2:
-        raise InputError(f"--num must be 2 or more, got {num}")
+    check_target(out)
+    check_num(num)
     embedder = open_embedder(features, weights, preprocess, device=device)
     train_names: Sequence[str] | None
     pictures, own = _read(_open(samples, resolution, on_bad_image), samples)
     sets = {"--samples": pictures}
     if num is not None:
-        there = len(own)
-        if num > there:
-            raise InputError(f"--num {num}: {samples} holds {there} pictures")
-        chosen = np.sort(np.random.default_rng(seed).choice(there, num, replace=False))
+        check_num(num, of=len(own), samples=samples)
+        # By chance: the first ones of a folder that is sorted by class would be of one class.
+        chosen = np.sort(np.random.default_rng(seed).choice(len(own), num, replace=False))
         sets["--samples"], own = pictures[chosen], [own[i] for i in chosen]
     if is_store(train):
         store = _open_store(train, resolution)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastambient.data.store import Store
 from fastambient.errors import InputError, check_seed
 from fastambient.pictures import as_pictures
 from fastambient_kernels import Stream, normal
@@ -133,6 +134,14 @@ def denoising_gap(
     if not all(np.isfinite(each).all() for each in errors.values()):
         raise InputError("the denoising errors hold NaN or infinity, expected a trained denoiser; check its weights")
     return [_row(level, t, h) for level, t, h in zip(levels, errors["train"], errors["holdout"], strict=True)]
+
+
+def classes_of(denoiser: nn.Module, store: Store) -> dict[str, Any]:
+    """The arguments train_classes and holdout_classes for the two sides of a store, where it and the denoiser have
+    classes."""
+    if not getattr(denoiser, "label_dim", 0) or store.train.labels is None:
+        return {}
+    return {"train_classes": store.train.labels, "holdout_classes": store.holdout.labels}
 
 
 def _row(level: float, train: np.ndarray, holdout: np.ndarray) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from fastambient.console import progress, warn
 from fastambient.data.store import Store
 from fastambient.diffusion.edm import EDMDenoiser
 from fastambient.errors import InputError
-from fastambient.evaluation.denoising_gap import denoising_gap
+from fastambient.evaluation.denoising_gap import classes_of, denoising_gap
 from fastambient.evaluation.embedders import Embedder, load_embedder
 from fastambient.evaluation.features import default_cache
+from fastambient.evaluation.inputs import check_num, check_target
 from fastambient.evaluation.metrics import check_sets, evaluate
 from fastambient.evaluation.overviews import draw_nearest, draw_samples, write_nearest
 from fastambient.evaluation.report import RunReport, write_report
@@ -102,19 +103,16 @@ def evaluate_run(
     check_sets(train, holdout, flips=flips)
     target = out or run.metrics
     beside = (lambda part: target.with_name(f"{target.stem}-{part}")) if out else (lambda part: path / part)
-    if target.is_dir() or not target.parent.is_dir():  # found now, not after the sampling
-        what = "is a folder" if target.is_dir() else f"cannot be made: there is no folder {target.parent}"
-        raise InputError(f"--out {target} {what}; name a file in a folder that exists")
-    if num is not None and num < 2:
-        raise InputError(f"--num must be 2 or more, got {num}")
+    check_target(target)
+    check_num(num)
     embedder = open_embedder(*embedder_settings(e, features, weights, preprocess), device=device)
     seeds, gap, stats = None, None, run.read_stats()
     trained = stats[-1]["nimg"] / 1000 if stats else None  # in kimg
     if samples is not None:
         pictures, names = load_pictures(samples), picture_names(samples)
         if num is not None:
-            if num > len(pictures):
-                raise InputError(f"--num {num}: {samples} holds {len(pictures)} pictures")
+            check_num(num, of=len(pictures), samples=samples)
+            # The first ones, not any: of what `sample` wrote these are the seeds that would be drawn here.
             pictures, names = pictures[:num], None if names is None else names[:num]
     else:
         count = settings.evaluation.num if num is None else num
@@ -185,14 +183,11 @@ def embedder_settings(
 def _denoising_gap(
     denoiser: EDMDenoiser, store: Store, train: np.ndarray, holdout: np.ndarray, *, seed: int
 ) -> list[dict[str, Any]]:
-    classes = denoiser.label_dim > 0 and store.train.labels is not None
     total = 2 * len(_GAP_LEVELS) * min(len(train), len(holdout), _GAP_IMAGES)
     with progress("denoising gap", total) as advance:
         return denoising_gap(
             denoiser, train, holdout, sigmas=[float(s) for s in _GAP_LEVELS * denoiser.sigma_data], seed=seed,
-            most=_GAP_IMAGES, on_batch=advance,
-            train_classes=store.train.labels if classes else None,
-            holdout_classes=store.holdout.labels if classes else None,
+            most=_GAP_IMAGES, on_batch=advance, **classes_of(denoiser, store),
         )  # fmt: skip
 
 

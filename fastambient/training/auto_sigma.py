@@ -89,7 +89,7 @@ def choose_sigma_tn(request: TrainRequest, out: Path) -> Choice:
     InputError : no held-out images, a stream, or a store that holds images noised at a level
     Interrupted : a signal stopped the pilot; nothing is left of it
     """
-    from fastambient.evaluation.denoising_gap import denoising_gap
+    from fastambient.evaluation.denoising_gap import classes_of, denoising_gap
     from fastambient.sampling import load
     from fastambient.training.start import create_run, start
     from fastambient.training.stopping import Interrupted
@@ -112,7 +112,10 @@ def choose_sigma_tn(request: TrainRequest, out: Path) -> Choice:
         run = RunFolder(folder)
         store = run.open_store(verify=False)
         denoiser = load(run.weights, device=whole.settings.training.device)
-        rows = denoising_gap(denoiser, store.train.images[:], store.holdout.images[:], draws=_DRAWS, most=_MOST)  # type: ignore[index]
+        rows = denoising_gap(
+            denoiser, store.train.images[:], store.holdout.images[:],  # type: ignore[index]
+            draws=_DRAWS, most=_MOST, **classes_of(denoiser, store),
+        )  # fmt: skip
     except Interrupted as stopped:
         what = str(stopped).partition(" at ")[0].partition(";")[0]
         raise Interrupted(

@@ -1,0 +1,23 @@
+"""What `evaluate` and `audit` are asked for alike, checked before the work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastambient.errors import InputError
+
+
+def check_target(out: Path) -> None:
+    """InputError where no file can be written at `out`."""
+    if out.is_dir() or not out.parent.is_dir():
+        what = "is a folder" if out.is_dir() else f"cannot be made: there is no folder {out.parent}"
+        raise InputError(f"--out {out} {what}; name a file in a folder that exists")
+
+
+def check_num(num: int | None, *, of: int | None = None, samples: object = None) -> None:
+    """InputError for fewer samples than an evaluation needs, or more than the `of` pictures of `samples`, where these are
+    known. None: all there are."""
+    if num is not None and num < 2:
+        raise InputError(f"--num must be 2 or more, got {num}")
+    if num is not None and of is not None and num > of:
+        raise InputError(f"--num {num}: {samples} holds {of} pictures")
