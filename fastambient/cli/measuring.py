@@ -30,7 +30,7 @@ def evaluate(
     num: Annotated[
         int | None,
         option(
-            "samples to draw (seeds 0 to N-1), or to take by chance of --samples",
+            "samples to draw (seeds 0 to N-1), or the first of --samples",
             metavar="N",
             default="the run's evaluation.num, 1000",
         ),

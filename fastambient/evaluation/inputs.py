@@ -15,8 +15,8 @@ def check_target(out: Path) -> None:
 
 
 def check_num(num: int | None, *, of: int | None = None, samples: object = None) -> None:
-    """InputError for fewer samples than an evaluation needs, or more than the `of` pictures of `samples`, where these are
-    known. None: all there are."""
+    """InputError for fewer samples than an evaluation needs, or more than the `of` pictures of `samples` where these
+    are known. None: all there are."""
     if num is not None and num < 2:
         raise InputError(f"--num must be 2 or more, got {num}")
     if num is not None and of is not None and num > of:
