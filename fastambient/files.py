@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -49,6 +50,8 @@ def _temporary_name(path: Path) -> Path:
 
 def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace `path` in one step. `mode` is the file's permission from its first moment on."""
+    if path.exists() and not path.is_file():  # a device, for one, would be replaced by a file
+        raise OSError(errno.EEXIST, "exists and is no file", str(path))
     temporary = _temporary_name(path)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

@@ -309,6 +309,17 @@ def test_few_held_out_images_are_said_to_be_few(sets):
     samples, train, holdout, _ = sets
     few, enough = (evaluate(samples, train, holdout[:n], settings={}).metrics["notes"] for n in (29, 30))
     assert few[0].startswith("The control searches 29 held-out images only") and not enough
+    assert few[0].endswith("; hold back 30 or more.")
+    (few,) = evaluate(samples, train[:20], holdout[:30], settings={}).metrics["notes"]
+    assert "searches 20 held-out images only" in few and few.endswith("; no more than train; 30 or more would do.")
+
+
+def test_sets_that_are_interchanged_are_said_to_look_so(sets):
+    samples, train, holdout, _ = sets
+    told, back = (
+        evaluate(samples, *pair, settings={}).metrics["notes"] for pair in ((train, holdout), (holdout, train))
+    )
+    assert not told and len(back) == 1 and back[0].startswith("More samples are copies of held-out images than of")
 
 
 def test_a_path_that_is_no_text_is_shown_all_the_same(folders):
@@ -353,7 +364,7 @@ def test_grey_and_colour_are_compared(tmp_path, monkeypatch, capsys):
     colour = textures(20, 3, size=8)
     _folder(Path("colour"), colour)
     assert audit("colour", "train", features="none").report.evaluation.train.shape[1] == 3
-    assert "grey pictures are compared as colour pictures" in capsys.readouterr().err
+    assert "warning: --train: grey pictures are compared with colour ones" in capsys.readouterr().err
 
 
 def _break(what: str, folders) -> list[str]:
@@ -388,6 +399,14 @@ def _break(what: str, folders) -> list[str]:
         save_png(Path("run/samples/grid-000000001600.png"), grid(train[:9]))
         Path("run/config.yaml").write_text("")
         return ["--samples", "run/samples", *usual]
+    if what == "run":
+        Path("run").mkdir()
+        save_png(Path("run/nearest.png"), grid(train[:9]))
+        Path("run/config.yaml").write_text("")
+        return ["--samples", "samples", "--train", "run", "--features", "none"]
+    if what == "onto itself":
+        np.savez("samples.npz", images=train[:9])
+        return ["--samples", "samples.npz", *usual, "--out", "samples.npz"]
     if what == "store resolution":
         prepare(open_source("train"), "store", train=50, holdout=10, noise_seed=1)
         return ["--samples", "samples", "--train", "store", "--features", "none", "--resolution", "8"]
@@ -405,9 +424,21 @@ def _break(what: str, folders) -> list[str]:
             "other size than the store",
             "--samples small has pictures of 8x8, --train store of 16x16; pass --resolution 16 to",
         ),
-        ("held-out trained", "1 held-out images are training images"),
-        ("held-out flipped", "1 held-out images are training images or their mirror images"),
+        (
+            "held-out trained",
+            "are or mirror training images, expected none: a control must not have trained; leave these out of one side\n",
+        ),
+        (
+            "held-out flipped",
+            "1 held-out images are the mirror images of training images, expected none: a control must not have trained; leave"
+            " these out of one side, or audit with --no-flips",
+        ),
         ("one sample", "1 samples, expected at least 2"),
+        (
+            "run",
+            "run is a run folder, its pictures are drawings of the run: name the images that it trained on (run/store",
+        ),
+        ("onto itself", "--out samples.npz is what is to be read, and would be replaced"),
         ("overviews", "run/samples holds the overviews that a run drew of itself"),
         ("store resolution", "--resolution 8, but the store store holds images of 16 pixels"),
         ("--holdout nowhere", "'nowhere'"),

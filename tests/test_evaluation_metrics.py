@@ -213,7 +213,7 @@ def test_every_parameter_reaches_every_figure():
         (lambda s, t, h: ((s, t, np.concatenate([h, t[:3]])), {}), "3 held-out images are training images"),
         (
             lambda s, t, h: ((s, t, np.concatenate([h, t[:3, ..., ::-1]])), {"flips": True}),
-            "3 held-out images are .* mirror",
+            "3 held-out images are the mirror images of",
         ),
         (lambda s, t, h: ((s, t, h), {"threshold": 0.0}), "threshold"),
         (lambda s, t, h: ((s, t, h), {"threshold": float("nan")}), "threshold"),

@@ -162,7 +162,7 @@ def test_sets_that_cannot_be_compared_are_found_before_sampling(tmp_path, monkey
     monkeypatch.setattr(np, "isin", lambda mirrors, images: np.zeros(len(mirrors), bool))
     run = _run_on(tmp_path, images, "evaluation.flips=true", train=3, holdout=3)
     monkeypatch.setattr(evaluation_run, "load", lambda *a, **k: pytest.fail("loads the weights first"))
-    with pytest.raises(InputError, match="held-out images are training images or their mirror images"):
+    with pytest.raises(InputError, match="held-out images are the mirror images of training images"):
         evaluate_run(run, num=2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 
 import pytest
@@ -9,7 +11,7 @@ from conftest import make_run, train_here
 
 from fastambient.data import open_source, prepare
 from fastambient.errors import InputError
-from fastambient.files import check_parent, new_folder
+from fastambient.files import check_parent, new_folder, write_bytes
 from fastambient.sampling import write_samples
 
 
@@ -66,3 +68,11 @@ def test_stores_runs_and_samples_are_not_committed_by_accident(tmp_path):
     prepare(open_source("digits"), tmp_path / "handout", sigma_tn=0.3, noisy="float16", hand_out=True)
     seen = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
     assert seen == "?? handout/\n", "what is made to be handed out may be"
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    """``--out /dev/null`` by root would leave a file there, for every program."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="exists and is no file"):
+        write_bytes(tmp_path / "pipe", b"x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

@@ -580,6 +580,14 @@ def test_a_cell_that_fails_is_named_and_the_others_are_measured(tmp_path, here, 
         sweep(asked(sigma_tn=(0,)), tmp_path / "none")
 
 
+def test_an_embedder_that_is_not_there_is_found_before_a_cell_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_run, "run_all", lambda *a: pytest.fail("trains first"))
+    with pytest.raises(InputError, match="no embedder 'nope'"):
+        sweep(asked(features="nope"), tmp_path / "sweep")
+    with pytest.raises(InputError, match="--weight-decay must be 0 or more"):
+        cells(asked(weight_decay=-1))
+
+
 @pytest.mark.slow
 def test_what_runs_warn_of_is_said_once_and_named(tmp_path, here, monkeypatch, capsys):
     """A run of hours in a precision that is slow here must not be found out from its log."""

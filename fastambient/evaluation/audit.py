@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastambient.console import progress, say
+from fastambient.console import progress, warn
 from fastambient.data.archives import Folder
 from fastambient.data.items import Source
 from fastambient.data.pictures import Pictures
@@ -65,7 +65,7 @@ def audit(
     ------
     InputError : a source that cannot be read, sets of different sizes, too few pictures, a held-out image that trained
     """
-    check_target(out)
+    check_target(out, samples, train, holdout, features, weights)
     check_num(num)
     embedder = open_embedder(features, weights, preprocess, device=device)
     train_names: Sequence[str] | None
@@ -112,6 +112,11 @@ def audit(
 
 def _open(spec: str, resolution: int | None, on_bad_image: str) -> Source:
     """`open_source`, without the overview that `fastambient sample` writes beside its pictures."""
+    if (Path(spec) / "config.yaml").is_file() and not is_store(spec):
+        raise InputError(
+            f"{spec} is a run folder, its pictures are drawings of the run: name the images that it trained on"
+            f" ({spec}/store or data.source in its config.yaml), or what fastambient sample draws"
+        )
     overviews = sorted(Path(spec).glob("grid-*.png")) if (Path(spec).parent / "config.yaml").is_file() else []
     if overviews and overviews == sorted(Path(spec).glob("*.*")):
         raise InputError(
@@ -177,5 +182,5 @@ def _alike(sets: dict[str, np.ndarray], named: dict[str, str], resolution: int |
     if all(bool((images == images[:, :1]).all()) for images in colour):  # grey pictures, stored as RGB
         return {option: images[:, :1] for option, images in sets.items()}
     grey = ", ".join(option for option, images in sets.items() if images.shape[1] == 1)
-    say(f"{grey}: grey pictures are compared as colour pictures, like the others")
+    warn(f"{grey}: grey pictures are compared with colour ones, of which a grey version is no copy; convert one side")
     return {option: images.repeat(3 // images.shape[1], axis=1) for option, images in sets.items()}

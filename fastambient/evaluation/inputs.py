@@ -7,11 +7,13 @@ from pathlib import Path
 from fastambient.errors import InputError
 
 
-def check_target(out: Path) -> None:
-    """InputError where no file can be written at `out`."""
+def check_target(out: Path, *inputs: str | Path | None) -> None:
+    """InputError where no file can be written at `out`, or where that would replace one of the `inputs`."""
     if out.is_dir() or not out.parent.is_dir():
         what = "is a folder" if out.is_dir() else f"cannot be made: there is no folder {out.parent}"
         raise InputError(f"--out {out} {what}; name a file in a folder that exists")
+    if out.exists() and any(i is not None and Path(i).exists() and out.samefile(i) for i in inputs):
+        raise InputError(f"--out {out} is what is to be read, and would be replaced; name another file")
 
 
 def check_num(num: int | None, *, of: int | None = None, samples: object = None) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from fastambient.console import progress
 from fastambient.errors import InputError
 from fastambient.evaluation.embedded import embedded_metrics
+from fastambient.evaluation.hidden_copies import Searched, hidden_note, near_duplicates
 from fastambient.evaluation.memorization import (
     NamesOfCopies,
     Neighbours,
@@ -114,6 +115,11 @@ def evaluate(
     chosen, some = (None, None) if holdout is None else equal_counts(train_distinct, holdout_distinct, seed=seed)
     near = _nearest(samples, train, holdout, chosen, some, len(train_distinct), flips)
     scores = [_gap_ratio(*near[:2], threshold)]
+    copying = _copying(*near, count, threshold, train_names, bootstrap=bootstrap, seed=seed)
+    searched = [Searched(train, near[0])]
+    if holdout is not None and near[1] is not None:
+        searched.append(Searched(holdout, near[1], chosen))
+    copying["near_duplicates"] = hidden = near_duplicates(samples, *searched, threshold=threshold, flips=flips)
     reference = f"holdout ({len(holdout)} images)" if holdout is not None else None
     metrics: dict[str, Any] = {
         "counts": {
@@ -124,11 +130,12 @@ def evaluate(
             "holdout_distinct": len(holdout_distinct),
         },
         "frechet": {"pixel": {"reference": reference} | _pixel_distances(samples, train, holdout, seed)},
-        "memorization": (copying := _copying(*near, count, threshold, train_names, bootstrap=bootstrap, seed=seed)),
+        "memorization": copying,
         "copies_per_train_image": copying["copies_per_train_image"],
         "similarity": None, "quality": [], "mifid": None, "fld": None,
         "denoising_gap": denoising_gap,
-        "notes": [_NO_HOLDOUT] if holdout is None else [note] if (note := few_held_out(count)) else [],
+        "notes": [n for n in (_NO_HOLDOUT if holdout is None else few_held_out(count, len(train_distinct)),
+            hidden_note(hidden), _swapped(copying)) if n],
         "settings": {
             **settings,
             "protocol": {"space": "pixels in [-1, 1]", "flips": flips, "bootstrap": bootstrap, "seed": seed},
@@ -277,26 +284,42 @@ def check_sets(train: np.ndarray, holdout: np.ndarray | None, *, flips: bool = F
         return positions[0], np.zeros(0, np.int64)
     shared = len(set(fingerprints(train, flips=flips)) & set(fingerprints(holdout, flips=flips)))
     if shared:
-        mirrored, remedy = "", "split again"
-        if flips:
-            mirrored, remedy = " or their mirror images", "leave mirrored copies out, or audit with --no-flips"
+        same = set(fingerprints(train)) & set(fingerprints(holdout))
+        mirrored, remedy = "", "leave these out of one side"
+        if flips and not same:
+            mirrored, remedy = "the mirror images of ", f"{remedy}, or audit with --no-flips"
+        elif flips:
+            mirrored = "or mirror "
         raise InputError(
-            f"{shared} held-out images are training images{mirrored}, expected none: a control must not have trained;"
+            f"{shared} held-out images are {mirrored}training images, expected none: a control must not have trained;"
             f" {remedy}"
         )
     return positions[0], positions[1]
 
 
-def few_held_out(count: int) -> str:
+def few_held_out(count: int, trained: int) -> str:
     """A line where so few held-out images are searched that the control tells nothing, else "".
 
     The images are themselves a sample: of a few, one that happens to lie apart from the others decides the rate.
+
+    count, trained : distinct images that the control searches, and that trained
     """
     if count >= _FEW:
         return ""
+    why = f"no more than train; {_FEW} or more would do" if trained <= count else f"hold back {_FEW} or more"
     return (
-        f"The control searches {count} held-out images only: it says little, and so does the copy rate less it; hold"
-        f" back {_FEW} or more."
+        f"The control searches {count} held-out images only: it says little, and so does the copy rate less it; {why}."
+    )
+
+
+def _swapped(copying: dict[str, Any]) -> str:
+    """A line where samples copy held-out images clearly more than training images."""
+    interval = copying["control"]["excess_ci95"]
+    if interval is None or interval[1] >= 0:
+        return ""
+    return (
+        "More samples are copies of held-out images than of training images: either the held-out ones trained, or the"
+        " two sets are interchanged."
     )
 
 

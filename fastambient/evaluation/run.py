@@ -103,7 +103,7 @@ def evaluate_run(
     check_sets(train, holdout, flips=flips)
     target = out or run.metrics
     beside = (lambda part: target.with_name(f"{target.stem}-{part}")) if out else (lambda part: path / part)
-    check_target(target)
+    check_target(target, samples, features, weights)
     check_num(num)
     embedder = open_embedder(*embedder_settings(e, features, weights, preprocess), device=device)
     seeds, gap, stats = None, None, run.read_stats()

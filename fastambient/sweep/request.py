@@ -90,6 +90,8 @@ def cells(request: SweepRequest) -> list[Cell]:
         raise InputError(f"--parallel must be 1 or more, got {r.parallel}")
     if r.audit_every is not None and not 0 < r.audit_every < math.inf:
         raise InputError(f"--audit-every must be above 0 kimg, got {r.audit_every:g}")
+    if not 0 <= r.weight_decay < math.inf:
+        raise InputError(f"--weight-decay must be 0 or more, got {r.weight_decay:g}")
     for what, value in (("--target", r.target), ("--stop-rate", r.stop_rate)):
         if not 0 <= value < 1:
             raise InputError(f"{what} must be a rate in [0, 1), got {value:g}")

@@ -55,6 +55,8 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
     Interrupted : Ctrl-C or SIGTERM, after the runs' checkpoints; the same call goes on
     FastambientError : cells failed; what came of the others has been written
     """
+    from fastambient.evaluation.run import embedder_settings, open_embedder
+
     planned = cells(request)
     if out.exists() and not (out / "logs").is_dir():
         refuse_existing(out)
@@ -72,6 +74,8 @@ def sweep(request: SweepRequest, out: Path) -> dict[str, Any]:
         request = replace(request, features=features_of(request, store.resolution))
         for cell in planned:
             _create(request, cell, store, out / cell.name)
+        evaluation = Settings().with_assignments(request.assignments).evaluation
+        open_embedder(*embedder_settings(evaluation, request.features, None, None))  # now, not after the first cell
         todo = [cell for cell in planned if not _measured(request, out / cell.name)]
         say(f"{out}: {len(planned)} cells, {len(planned) - len(todo)} of them finished; data {store.path}")
         asked = {cell.name for cell in planned}

@@ -245,7 +245,7 @@ class Auditor:
             text += f" in features of {s.embedder.label}"
         if t.stop_when_copying is not None:
             text += f"; stops when copying exceeds the control by more than {t.stop_when_copying:.3g}"
-        return f"{text}. {few_held_out(len(s.control))}".removesuffix(". ")
+        return f"{text}. {few_held_out(len(s.control), len(s.train))}".removesuffix(". ")
 
     def __call__(
         self, denoiser: EDMDenoiser, shape: tuple[int, int, int], nimg: int, *, stopping: Callable[[], bool]
