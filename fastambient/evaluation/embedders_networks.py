@@ -103,9 +103,7 @@ def inception(name: str, weights: Path | None, device: torch.device) -> Embedder
     url = module.URL_INCEPTION_V3
     file = weights or hub_folder() / url.rsplit("/", 1)[1]
     if weights is None and not file.is_file():
-        raise absent(
-            LABELS[name], url, f"put it into {file.parent} or name it by --weights PATH (of a run: evaluation.weights)"
-        )
+        raise absent(LABELS[name], url, f"put it into {file.parent}")
     state = read_known_pickle(file, _INCEPTION_HASH) if is_pickle(file) else read_state(file)
 
     class Extractor(module.FeatureExtractorInceptionV3):  # type: ignore[name-defined, misc]
@@ -134,7 +132,7 @@ def dinov2(name: str, weights: Path | None, device: torch.device, preprocess: st
     if file is None:
         raise absent(
             LABELS[name], f"https://huggingface.co/{repository}/resolve/main/model.safetensors",
-            f"name it by --weights PATH (of a run: evaluation.weights), or get it into the Hugging Face hub's cache (hf download {repository})",
+            f"get it into the Hugging Face hub's cache (hf download {repository})",
         )  # fmt: skip
     if is_pickle(file):
         raise InputError(
@@ -195,9 +193,7 @@ def _clip_file(module: ModuleType, name: str) -> Path:
     places = hub_folder() / f"{name}-{told['hash']}.pt", Path.home() / ".cache" / "clip" / f"{told['filename']}.pt"
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        raise absent(
-            LABELS[name], url, f"put it at {places[0]} or name it by --weights PATH (of a run: evaluation.weights)"
-        )
+        raise absent(LABELS[name], url, f"put it at {places[0]}")
     if sha256_file(file) != told["hash"]:
         raise InputError(f"{file} is damaged: its SHA-256 is not {told['hash']}; fetch {url} again")
     return file

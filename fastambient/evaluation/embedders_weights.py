@@ -37,8 +37,11 @@ def hugging_face_file(repository: str, file: str) -> Path | None:
 
 
 def absent(label: str, url: str, places: str) -> InputError:
-    """What to say where weights are absent."""
-    return InputError(f"the weights of {label} are not here, and nothing is downloaded: fetch {url} and {places}")
+    """What to say where weights are absent. places : what to do with them, so that they are found."""
+    return InputError(
+        f"the weights of {label} are not here, and nothing is downloaded: fetch {url} and {places}, or name the file by"
+        " --weights PATH (in a run's settings evaluation.weights)"
+    )
 
 
 def need_file(path: Path) -> None:
