@@ -17,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -33,28 +34,70 @@ from fastambient.system import bf16_on_cpu
 
 SEEDS = (0, 1, 2)
 NUM = 1000
-DIGITS = {100: 64.0, 300: 192.0, 30: 24.0}  # training images: kimg, 640 to 800 epochs
-# kimg between audits of every run: where few images are copied before quality has come, early stopping costs most.
-AUDITED = {
-    "digits-30": (2.0, "evaluation.audit_num=512"), "digits-300": (16.0,),
-    "pictures-16-100-audited": (6.0, "evaluation.audit_num=512", "evaluation.audit_features=efficientnet-lite0"),
-}  # fmt: skip
 DIGITS_SIGMA_TN = (0.0, 0.1, 0.2, 0.4)
+SCALES = (0.0, 0.5, 1.0, 2.0)  # of pictures' sigma_tn, times 1.5*R/64
 COMPARED = ("fresh-noise", "weight-decay", "early-stop")
-PICTURES = {  # resolution, training images, kimg, kimg between audits
-    "pictures-16": (16, 300, 288.0, 24.0), "pictures-32": (32, 300, 288.0, 24.0),
-    "pictures-16-100": (16, 100, 96.0, 12.0), "pictures-16-100-audited": (16, 100, 84.0, 6.0),
-}  # fmt: skip
 # Small batches, large steps, no dropout: by the presets' own settings 300 pictures of 16x16 had copied nothing after 84
 # kimg; by these, 100 pictures begin to after 360 passes. Distances are a network's, where photographs are told apart.
 PICTURES_SET = ("training.batch=32", "training.lr=2e-3", "model.dropout=0.0")
 PICTURES_FEATURES, PICTURES_HOLDOUT = "efficientnet-lite0", 1000
-SCALES = (0.0, 0.5, 1.0, 2.0)  # of 1.5*R/64
-# Of the figures' first row: training images, kimg (None: the part's).
-MANY: dict[str, tuple[int, float | None]] = {"digits": (1500, None), "pictures": (10_000, 72.0)}
-PARTS = ("digits", *(f"digits-{n}" for n in DIGITS), "pictures", *PICTURES, "figures")
+IN_FEATURES = ("evaluation.audit_num=512", "evaluation.audit_features=efficientnet-lite0")
 TINY = ["model.model_channels=8", "model.channel_mult=[1,2]", "model.attn_resolutions=[4]", "model.num_blocks=1",
         "training.batch=8", "sampling.steps=2", "evaluation.audit_num=8", "evaluation.features=none"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sweep.
+
+    images : that train
+    kimg : of a run; 640 to 960 epochs
+    resolution : 8 are the built-in digits, others --source
+    every : kimg between audits of every run; None for those that the rule may stop alone. Where few images are copied
+        before quality has come, early stopping costs most
+    settings : further assignments
+    sigma_tn : None for the usual levels
+    many : the figures' first row, a run on much data: training images, kimg (None: as long as the others)
+    rehearsed : by --tiny; of each group one is enough
+    """
+
+    images: int
+    kimg: float
+    resolution: int = 8
+    every: float | None = None
+    settings: tuple[str, ...] = ()
+    sigma_tn: tuple[float, ...] | None = None
+    baselines: tuple[str, ...] = COMPARED
+    many: tuple[int, float | None] | None = (1500, None)
+    rehearsed: bool = False
+
+
+def _pictures(resolution: int, images: int, kimg: float, every: float, **more: Any) -> Part:
+    """Of pictures, with the baseline that stops the ambient model, too."""
+    usual: dict[str, Any] = {"baselines": (*COMPARED, "ambient-stop"), "many": (10_000, 72.0)}
+    return Part(images, kimg, resolution, every, **(usual | more))
+
+
+PARTS = {
+    "digits-100": Part(100, 64.0, rehearsed=True),
+    "digits-300": Part(300, 192.0, every=16.0),
+    "digits-30": Part(30, 24.0, every=2.0, settings=IN_FEATURES[:1]),
+    "pictures-16": _pictures(16, 300, 288.0, 24.0, rehearsed=True),
+    "pictures-32": _pictures(32, 300, 288.0, 24.0),
+    "pictures-16-100": _pictures(16, 100, 96.0, 12.0),
+    # quality against copying while they train: few runs, many samples
+    "pictures-16-100-audited": _pictures(
+        16,
+        100,
+        84.0,
+        6.0,
+        settings=IN_FEATURES,
+        sigma_tn=(0.0, default_sigma_tn(16)),
+        baselines=("fresh-noise",),
+        many=None,
+    ),
+}
+GROUPS = ("digits", "pictures", "figures")
 
 
 def fastest_precision(gpus: int) -> str:
@@ -65,53 +108,49 @@ def fastest_precision(gpus: int) -> str:
 def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
     """The sweeps of the parts asked for by the folder's name; with figures, the runs on much data as well."""
     a = arguments
-    common: dict[str, Any] = {
-        "seeds": a.seeds, "num": 12 if a.tiny else NUM, "parallel": a.parallel, "gpus": a.gpus,
-        "noise_seed": a.noise_seed,
-    }  # fmt: skip
-    own = TINY if a.tiny else []
     found: dict[str, SweepRequest] = {}
-
-    def add(
-        name: str, data: str, sigma_tn: tuple[float, ...], kimg: float, *assignments: str, many: tuple[int, float | None] | None,
-        every: float | None = None, features: str | None = None, baselines: tuple[str, ...] = COMPARED,
-    ) -> None:  # fmt: skip
-        group = name.partition("-")[0]
-        first = name in (f"digits-{next(iter(DIGITS))}", next(iter(PICTURES)))
-        if not {name, group} & set(a.part) or (a.tiny and group in a.part and not first):  # one is rehearsal enough
-            return
-        kimg = a.kimg or (0.016 if a.tiny else kimg)
-        sigma_tn = (0.0, sigma_tn[2]) if a.tiny else sigma_tn
-        every, *more = AUDITED.get(name, (every,))
-        set_here = [*own, *assignments, *([] if a.tiny else more)]
-        found[name] = SweepRequest(
-            data=data, sigma_tn=sigma_tn, baselines=baselines, kimg=kimg, assignments=set_here, audit_every=every,
-            features=features, **common,
-        )  # fmt: skip
-        if "figures" in a.part and many is not None:
-            count, length = many
-            other = [x if not x.startswith("data.train=") else f"data.train={count}" for x in set_here]
-            much = {"seeds": a.seeds[:1], "sigma_tn": (0.0,)}
-            found[f"{name}-many"] = SweepRequest(
-                data=data, kimg=a.kimg or length or kimg, assignments=other, features=features, **(common | much)
-            )  # fmt: skip
-
-    for images, kimg in DIGITS.items():
-        add(f"digits-{images}", "digits", DIGITS_SIGMA_TN, kimg, f"data.train={images}", many=MANY["digits"])
-    if a.source:
-        for name, (pixels, images, kimg, every) in PICTURES.items():
-            train, holdout, many = (20, 10, (30, None)) if a.tiny else (images, PICTURES_HOLDOUT, MANY["pictures"])
-            settings = [] if a.tiny else [*PICTURES_SET, f"training.precision={fastest_precision(a.gpus)}"]
-            curve = name in AUDITED  # of quality against copying while they train: few runs, many samples
-            scales = (0.0, 1.0) if curve and not a.tiny else SCALES
-            levels = tuple(scale * default_sigma_tn(pixels) for scale in scales)
-            add(
-                name, a.source, levels, kimg, f"data.resolution={pixels}", f"data.train={train}",
-                f"data.holdout={holdout}", *settings, many=None if curve else many,
-                every=None if a.tiny else every, features=None if a.tiny else PICTURES_FEATURES,
-                baselines=("fresh-noise",) if curve else (*COMPARED, "ambient-stop"),
+    for name, part in PARTS.items():
+        group, pictures = name.partition("-")[0], part.resolution > 8
+        if not {name, group} & set(a.part) or (pictures and not a.source):
+            continue
+        if a.tiny and group in a.part and not part.rehearsed:
+            continue
+        request = _request(part, a)
+        found[name] = request
+        if "figures" in a.part and part.many is not None:
+            count, length = (30, None) if a.tiny and pictures else part.many
+            more = [x if not x.startswith("data.train=") else f"data.train={count}" for x in request.assignments]
+            found[f"{name}-many"] = replace(
+                request, seeds=a.seeds[:1], sigma_tn=(0.0,), baselines=(), audit_every=None, assignments=more,
+                kimg=a.kimg or length or request.kimg,
             )  # fmt: skip
     return found
+
+
+def _request(part: Part, a: argparse.Namespace) -> SweepRequest:
+    pictures = part.resolution > 8
+    scales = (0.0, SCALES[2]) if a.tiny else SCALES
+    levels = tuple(x * default_sigma_tn(part.resolution) for x in scales) if pictures else DIGITS_SIGMA_TN
+    if part.sigma_tn is not None:
+        levels = part.sigma_tn
+    elif a.tiny and not pictures:
+        levels = (levels[0], levels[2])
+    settings = [*TINY] if a.tiny else []
+    if pictures:
+        train, holdout = (20, 10) if a.tiny else (part.images, PICTURES_HOLDOUT)
+        settings += [f"data.resolution={part.resolution}", f"data.train={train}", f"data.holdout={holdout}"]
+        if not a.tiny:
+            settings += [*PICTURES_SET, f"training.precision={fastest_precision(a.gpus)}"]
+    else:
+        settings.append(f"data.train={part.images}")
+    if not a.tiny:
+        settings += part.settings
+    return SweepRequest(
+        data=a.source if pictures else "digits", sigma_tn=levels, baselines=part.baselines, assignments=settings,
+        kimg=a.kimg or (0.016 if a.tiny else part.kimg), audit_every=None if a.tiny else part.every,
+        features=PICTURES_FEATURES if pictures and not a.tiny else None, seeds=a.seeds, num=12 if a.tiny else NUM,
+        parallel=a.parallel, gpus=a.gpus, noise_seed=a.noise_seed,
+    )  # fmt: skip
 
 
 def draw_figures(out: Path, page: Path | None) -> None:
@@ -119,7 +158,7 @@ def draw_figures(out: Path, page: Path | None) -> None:
     for folder in sorted(p.parent for p in out.glob("*/sweep.json") if not p.parent.name.endswith("-many")):
         summary = json.loads((folder / "sweep.json").read_text())
         seed = summary["settings"]["seeds"][0]
-        if folder.name in AUDITED and folder.name in PICTURES:
+        if folder.name in PARTS and PARTS[folder.name].many is None:
             continue  # the same pictures as another part's
         many = out / f"{folder.name}-many" / f"edm-seed{seed}"
         if not (many / "metrics.json").is_file():
@@ -157,8 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--part",
         type=lambda text: text.split(","),
-        default=list(PARTS),
-        help=f"of {','.join(PARTS)} (default all)",
+        default=list(GROUPS),
+        help=f"of {','.join((*GROUPS, *PARTS))} (default all)",
     )
     add("--source", help="pictures for the second part: a folder, an EDM zip, or any other SOURCE")
     add("--table", type=Path, help="Markdown file to write, docs/results.md (default: print only)")
@@ -169,13 +208,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--kimg", type=float, help="length of every run (default: each part's own)")
     add("--seeds", type=_seeds, default=SEEDS, help="comma-separated (default 0,1,2)")
-    add("--noise-seed", type=int, default=1000, help="of fixed noise: the first cell's, others count on")
+    add("--noise-seed", type=int, default=1000, help="each cell's fixed noise is made of it and the cell's name")
     add("--parallel", type=int, help="cells at once (default: one a GPU; without one, one a CPU core)")
     add("--gpus", type=int, default=gpus, help="GPUs to spread the cells over; 0 is the CPU (default: all)")
     add("--tiny", action="store_true", help="a rehearsal of minutes with tiny networks; measures nothing")
     arguments = parser.parse_args(argv)
-    if wrong := sorted(set(arguments.part) - set(PARTS)):
-        parser.error(f"--part {','.join(wrong)}: not one of {', '.join(PARTS)}")
+    if wrong := sorted(set(arguments.part) - {*GROUPS, *PARTS}):
+        parser.error(f"--part {','.join(wrong)}: not one of {', '.join((*GROUPS, *PARTS))}")
     if not arguments.source and any(part.startswith("pictures") for part in arguments.part):
         warn("--source names no pictures: the part on pictures is left out")
     rows, page = arguments.rows or arguments.out, arguments.table
