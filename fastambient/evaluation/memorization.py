@@ -32,11 +32,14 @@ class Neighbours:
     index: int64 [N, 2], positions in the searched array (of the first one where an image stands there repeatedly).
     distance: float64 [N, 2], L2 over pixels in [-1, 1], ascending.
     flipped: bool [N], the nearest is the mirrored image (only in a search over flips).
+    passed: float64 [N], distance to the second nearest image where that is a near-duplicate of the nearest, which was
+        passed over (see nearest_pictures.py), else NaN; None: nowhere.
     """
 
     index: np.ndarray
     distance: np.ndarray
     flipped: np.ndarray
+    passed: np.ndarray | None = None
 
     @property
     def ratio(self) -> np.ndarray:

@@ -14,7 +14,6 @@ import numpy as np
 from fastambient.console import progress
 from fastambient.errors import InputError
 from fastambient.evaluation.embedded import embedded_metrics
-from fastambient.evaluation.hidden_copies import Searched, hidden_note, near_duplicates
 from fastambient.evaluation.memorization import (
     NamesOfCopies,
     Neighbours,
@@ -23,8 +22,8 @@ from fastambient.evaluation.memorization import (
     distinct,
     excess_interval,
     fingerprints,
-    nearest_two,
 )
+from fastambient.evaluation.nearest_pictures import near_duplicates, near_duplicates_note, nearest_pictures
 from fastambient.evaluation.results import Evaluation, Score
 from fastambient.evaluation.similarity import LEVELS, Similar
 from fastambient.pictures import as_pictures
@@ -116,10 +115,7 @@ def evaluate(
     near = _nearest(samples, train, holdout, chosen, some, len(train_distinct), flips)
     scores = [_gap_ratio(*near[:2], threshold)]
     copying = _copying(*near, count, threshold, train_names, bootstrap=bootstrap, seed=seed)
-    searched = [Searched(train, near[0])]
-    if holdout is not None and near[1] is not None:
-        searched.append(Searched(holdout, near[1], chosen))
-    copying["near_duplicates"] = hidden = near_duplicates(samples, *searched, threshold=threshold, flips=flips)
+    copying["near_duplicates"] = twins = near_duplicates(near[0], threshold)
     reference = f"holdout ({len(holdout)} images)" if holdout is not None else None
     metrics: dict[str, Any] = {
         "counts": {
@@ -135,7 +131,7 @@ def evaluate(
         "similarity": None, "quality": [], "mifid": None, "fld": None,
         "denoising_gap": denoising_gap,
         "notes": [n for n in (_NO_HOLDOUT if holdout is None else few_held_out(count, len(train_distinct)),
-            hidden_note(hidden), _swapped(copying)) if n],
+            near_duplicates_note(twins), _swapped(copying)) if n],
         "settings": {
             **settings,
             "protocol": {"space": "pixels in [-1, 1]", "flips": flips, "bootstrap": bootstrap, "seed": seed},
@@ -166,13 +162,13 @@ def _nearest(
     all), and among the training images `some` (by default all)."""
     searched = distinct_images + sum(len(x) for x in (chosen, some) if x is not None)
     with progress("nearest neighbours", len(samples) * searched, "pairs") as advance:
-        neighbours = nearest_two(samples, train, flips=flips, on_block=advance)
+        neighbours = nearest_pictures(samples, train, flips=flips, on_block=advance)
         control, equal = None, neighbours
         if holdout is not None and chosen is not None:
-            control = nearest_two(samples, holdout[chosen], flips=flips, on_block=advance)
+            control = nearest_pictures(samples, holdout[chosen], flips=flips, on_block=advance)
             control = dataclasses.replace(control, index=chosen[control.index])
             if some is not None:
-                equal = nearest_two(samples, train[some], flips=flips, on_block=advance)
+                equal = nearest_pictures(samples, train[some], flips=flips, on_block=advance)
     return neighbours, control, equal
 
 

@@ -67,8 +67,6 @@ def summary(metrics: dict[str, Any]) -> dict[str, str]:
     samples, train, searched = counts["samples"], counts["train"], at(metrics, "memorization/control/images")
     lead = f"{percent(gap['rate'])} of samples are copies of a training image"
     lead += f" (95\N{NO-BREAK SPACE}% interval {interval(gap['ci95'])})"
-    if (twins := at(metrics, "memorization/near_duplicates/rate")) is not None:
-        lead += f", and {percent(twins)} where near-duplicates among these count as one picture"
     found = (
         f"{gap['copies']:,} of {samples:,} samples lie less than {number(gap['threshold'])} times as far from one of"
         f" the {train:,} training images as from any other."

@@ -151,11 +151,12 @@ def measure(
     """A row of audits.jsonl without nimg, kimg and seconds. `samples` uint8 [N, C, H, W], N >= 2; `on_batch` is called
     with the number of samples that the embedder has seen since the call before."""
     from fastambient.evaluation.features import features
-    from fastambient.evaluation.memorization import bootstrap_interval, nearest_two
+    from fastambient.evaluation.memorization import bootstrap_interval
+    from fastambient.evaluation.nearest_pictures import nearest_pictures
     from fastambient.evaluation.quality import distance_of_features
 
     copies, some, control = (
-        None if images is None else nearest_two(samples, images, flips=flips).copies(threshold)
+        None if images is None else nearest_pictures(samples, images, flips=flips).copies(threshold)
         for images in (sets.train, None if sets.train_some is sets.train else sets.train_some, sets.control)
     )
     assert copies is not None and control is not None
