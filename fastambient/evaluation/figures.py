@@ -16,7 +16,7 @@ from fastambient.console import progress
 from fastambient.data.store import Store
 from fastambient.errors import InputError
 from fastambient.evaluation.figures_layout import Block, draw
-from fastambient.evaluation.memorization import nearest_two
+from fastambient.evaluation.nearest_pictures import nearest_pictures
 from fastambient.files import check_parent
 from fastambient.pictures import grid, load_pictures, to_uint8
 from fastambient.sampling import latents, load, sample
@@ -155,13 +155,13 @@ def neighbours(
         denoiser = load(run, device=device)
         with progress("sampling", num) as advance:
             pictures = sample(denoiser, range(num), on_batch=advance).numpy()
-    found = nearest_two(pictures, train, flips=flips)
+    found = nearest_pictures(pictures, train, flips=flips)
     sides = [pictures, _mirrored(train[found.index[:, 0]], found.flipped)]
     rows = ["sample", "nearest training image"]
     searched = min(len(store.holdout), len(train))
     if searched >= 2:
         holdout = store.holdout.images[:searched]
-        control = nearest_two(pictures, holdout, flips=flips)
+        control = nearest_pictures(pictures, holdout, flips=flips)
         sides.append(_mirrored(holdout[control.index[:, 0]], control.flipped))
         rows.append("nearest held-out image")
     threshold = settings.evaluation.threshold
