@@ -122,8 +122,9 @@ def test_processes_that_write_at_once_do_not_disturb_each_other(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    features(images(), Counting(), cache=tmp_path / "file")
-    assert "features are not kept" in capsys.readouterr().err
+    for _ in range(2):
+        features(images(), Counting(), cache=tmp_path / "file")
+    assert capsys.readouterr().err.count("features are not kept") == 1
 
 
 def test_the_cache_is_bounded_and_keeps_what_was_used_last(tmp_path, monkeypatch):

@@ -124,7 +124,10 @@ GPUS = option("0: the CPU, 1: a GPU", metavar="N", default="a GPU if there is on
 def figure_denoised(
     runs: Annotated[list[Path], RUNS],
     images: Annotated[int, option("training images, and as many held-out ones", metavar="N")] = 1,
-    sigmas: Annotated[str | None, option("noise levels", metavar="S,S,...", default="1.5*R/64 times 1/4 to 32")] = None,
+    sigmas: Annotated[
+        str | None,
+        option("noise levels, in units of pixels in [-1, 1]", metavar="S,S,...", default="1.5*R/64 times 1/4 to 32"),
+    ] = None,
     out: Annotated[Path | None, option("PNG to write", metavar="FILE", default="RUN/figure-denoised.png")] = None,
     gpus: Annotated[int | None, GPUS] = None,
 ) -> None:

@@ -37,6 +37,7 @@ _VERSION = "1"
 _ROWS = 1024  # pictures hashed at a time
 _MADE_BY = ("torch", "timm", "torch-fidelity", "efficientnet-lite-pytorch")  # another version may resize otherwise
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+_NOT_KEPT: set[Path] = set()  # folders that features could not be written to, which was said
 
 
 def default_cache() -> Path:
@@ -142,7 +143,9 @@ def _write(file: Path, x: np.ndarray) -> None:
         write_bytes(file, save({"features": x}, {"sha256": _checksum(x, file)}))
         _make_room(file)
     except OSError as error:  # a full disk, a folder that is not ours: the features are there all the same
-        warn(f"features are not kept in {file.parent}: {error.strerror or error}")
+        if file.parent not in _NOT_KEPT:  # once, not for each set of an evaluation
+            warn(f"features are not kept in {file.parent}: {error.strerror or error}")
+        _NOT_KEPT.add(file.parent)
 
 
 def _checksum(x: np.ndarray, file: Path) -> str:

@@ -64,8 +64,8 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
     audits : kimg, samples, excess and fd (in the features of `embedder`) of each audit while it trained
     """
     metrics = json.loads((path / MEASURED).read_text())["metrics"]
-    m, spaces = metrics["memorization"], metrics["frechet"]
-    space = features if features in spaces else "pixel"
+    m, distances = metrics["memorization"], metrics["frechet"]
+    space = features if features in distances else "pixel"
     with safe_open(path / "model.safetensors", "pt") as weights:
         nimg = json.loads(weights.metadata()["nimg"])
     state = checkpoint.last_state(RunFolder(path).checkpoints) or {}
@@ -78,9 +78,9 @@ def result_of_cell(kind: str, sigma_tn: float, seed: int, path: Path, features: 
         "samples": metrics["counts"]["samples"], "rate": m["gap_ratio"]["rate"], "ci95": m["gap_ratio"]["ci95"],
         "train_rate": m["control"]["train_rate"], "holdout_rate": m["gap_ratio"]["holdout_rate"],
         "excess": m["gap_ratio"]["rate"] - m["gap_ratio"]["holdout_rate"], "excess_ci95": m["control"]["excess_ci95"],
-        "fd": spaces[space]["value"], "fd_space": space, "dimensions": spaces[space]["dimensions"],
+        "fd": distances[space]["value"], "fd_space": space, "dimensions": distances[space]["dimensions"],
         "references": metrics["counts"]["holdout"], "train_images": metrics["counts"]["train"],
-        "train_fd": spaces[space]["train_vs_reference"], "equal_counts": spaces[space]["equal_counts"],
+        "train_fd": distances[space]["train_vs_reference"], "equal_counts": distances[space]["equal_counts"],
         "doubt": doubt(metrics), "audits": [
             {n: row.get(n) for n in _OF_AN_AUDIT} | {"excess": excess(row)}
             for row in RunFolder(path).read_audits()
