@@ -73,9 +73,13 @@ test: $(TEST_STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(wildcard tests/test_triton_*.py)
 
-# Then all but the operators' own tests again, with each implementation named: what cannot run it is then an error,
-# where "auto" would fall back. Without a native library there is nothing to name, and the reason is printed.
-OTHER_TESTS = $(filter-out tests/test_kernels_% tests/test_triton_% tests/test_packaging.py,$(wildcard tests/test_*.py))
+# Then all but the operators' own tests again, and those that come to no operator, with each implementation named: what
+# cannot run it is then an error, where "auto" would fall back. Without a native library there is nothing to name, and the reason is printed.
+NO_OPERATOR = $(patsubst %,tests/test_%.py,benchmarks_reproduce data_near_duplicates data_sources data_tables data_tars \
+  evaluation_audit evaluation_embedders evaluation_features evaluation_frechet evaluation_likelihood \
+  evaluation_memorization evaluation_moments evaluation_nearest_pictures evaluation_quality \
+  evaluation_report evaluation_similarity nvml packaging pictures report_browser)
+OTHER_TESTS = $(filter-out tests/test_kernels_% tests/test_triton_% $(NO_OPERATOR),$(wildcard tests/test_*.py))
 NO_NATIVE   = import sys; from fastambient_kernels import _native; r = _native.missing("ambient_noise"); \
   r and print(f"not tested with FASTAMBIENT_IMPL=native: {r}"); sys.exit(r is None)
 test-slow: $(TEST_STAMP)
