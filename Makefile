@@ -74,7 +74,8 @@ test: $(TEST_STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(wildcard tests/test_triton_*.py)
 
 # Then all but the operators' own tests again, and those that come to no operator, with each implementation named: what
-# cannot run it is then an error, where "auto" would fall back. Without a native library there is nothing to name, and the reason is printed.
+# cannot run it is then an error, where "auto" would fall back. Without a native library there is nothing to name, and
+# the reason is printed.
 NO_OPERATOR = $(patsubst %,tests/test_%.py,benchmarks_reproduce data_near_duplicates data_sources data_tables data_tars \
   evaluation_audit evaluation_embedders evaluation_features evaluation_frechet evaluation_likelihood \
   evaluation_memorization evaluation_moments evaluation_nearest_pictures evaluation_quality \

@@ -87,16 +87,10 @@ PARTS = {
     "pictures-16-100": _pictures(16, 100, 96.0, 12.0),
     # quality against copying while they train: few runs, many samples
     "pictures-16-100-audited": _pictures(
-        16,
-        100,
-        84.0,
-        6.0,
-        settings=IN_FEATURES,
-        sigma_tn=(0.0, default_sigma_tn(16)),
-        baselines=("fresh-noise",),
+        16, 100, 84.0, 6.0, settings=IN_FEATURES, sigma_tn=(0.0, default_sigma_tn(16)), baselines=("fresh-noise",),
         many=None,
     ),
-}
+}  # fmt: skip
 GROUPS = ("digits", "pictures", "figures")
 
 

@@ -403,6 +403,7 @@ def _break(what: str, folders) -> list[str]:
         Path("run").mkdir()
         save_png(Path("run/nearest.png"), grid(train[:9]))
         Path("run/config.yaml").write_text("")
+        Path("run/noise_seed").write_text("")
         return ["--samples", "samples", "--train", "run", "--features", "none"]
     if what == "onto itself":
         np.savez("samples.npz", images=train[:9])

@@ -97,7 +97,7 @@ def test_the_rates_and_the_note(sets):
 
 
 def test_hashes_are_made_of_pairs_that_may_be_twins_alone(sets, monkeypatch):
-    """A picture takes a third of a millisecond: not all of a set, nor all that are near to some sample."""
+    """They cost more than the search itself: not all of a set, nor all that are near to some sample."""
     train, _, samples = sets
     hashed = []
     original = module.perceptual_hash

@@ -112,7 +112,7 @@ def audit(
 
 def _open(spec: str, resolution: int | None, on_bad_image: str) -> Source:
     """`open_source`, without the overview that `fastambient sample` writes beside its pictures."""
-    if (Path(spec) / "config.yaml").is_file() and not is_store(spec):
+    if all((Path(spec) / name).is_file() for name in ("config.yaml", "noise_seed")):
         raise InputError(
             f"{spec} is a run folder, its pictures are drawings of the run: name the images that it trained on"
             f" ({spec}/store or data.source in its config.yaml), or what fastambient sample draws"
