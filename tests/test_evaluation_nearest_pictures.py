@@ -13,6 +13,7 @@ from fastambient.evaluation import nearest_pictures as module
 from fastambient.evaluation.memorization import nearest_two
 from fastambient.evaluation.metrics import evaluate
 from fastambient.evaluation.nearest_pictures import nearest_pictures
+from fastambient.training.audits import AuditSets, measure
 
 
 def encoded(images: np.ndarray, quality: int) -> np.ndarray:
@@ -94,6 +95,16 @@ def test_the_rates_and_the_note(sets):
     assert note.startswith("8 of the copies are of training images that") and "the copy rate would be 25.0 %" in note
     single = evaluate(samples, train[:30], settings={}).metrics
     assert single["memorization"]["near_duplicates"] is None and not any("near-dup" in n for n in single["notes"])
+
+
+def test_the_control_and_the_audits_of_a_run_count_alike(sets):
+    """A stop rule that is blind to what stands in the set twice would not stop what is copied first."""
+    train, _, samples = sets
+    other = evaluate(samples, textures(50, 9), train, settings={}).metrics["memorization"]["gap_ratio"]
+    assert other["copies"] == 0 and other["holdout_rate"] == pytest.approx(14 / 24)
+    audited = AuditSets.of(train, textures(50, 9), flips=False, seed=0)
+    told = measure(samples, audited, threshold=1 / 3, bootstrap=10, seed=0, flips=False)
+    assert told["copies"] == 14 and told["holdout_rate"] == 0
 
 
 def test_hashes_are_made_of_pairs_that_may_be_twins_alone(sets, monkeypatch):

@@ -60,11 +60,11 @@ def evaluate(
 ) -> Evaluation:
     """Measure samples against the training images and against held-out images that never trained.
 
-    In the copy rate near-duplicates count as one picture, see nearest_pictures.py.
-    The copy rate searches all training images. A nearest neighbour lies the nearer, the more images are searched, so
-    the held-out control searches as many distinct images as there are on the training side; where fewer are held out,
-    ``memorization.control`` (and ``similarity.control``) hold the training side at that smaller count, too;
-    ``excess_ci95`` there is of the copies of all training images less those of the control.
+    The copy rate searches all training images, of which near-duplicates count as one picture (nearest_pictures.py). A
+    nearest neighbour lies the nearer, the more images are searched, so the held-out control searches as many distinct
+    images as there are on the training side; where fewer are held out, ``memorization.control`` (and
+    ``similarity.control``) hold the training side at that smaller count, too; ``excess_ci95`` there is of the copies of
+    all training images less those of the control.
 
     Parameters
     ----------
