@@ -4,7 +4,8 @@
 
 Parts, each also alone (--part): digits (8x8, 30, 100 and 300 training images: digits-30 ...), pictures (--source
 at 16x16 and 32x32, 300 training images: pictures-16, pictures-32; 100 at 16x16, a third of the time: pictures-16-100,
-and with twice the audits in a network's features: pictures-16-100-audited),
+with twice the audits in a network's features: pictures-16-100-audited, and that with other training images for
+each seed: pictures-16-100-splits),
 figures (denoised images over noise levels: much data, little data by EDM, little data ambient).
 Everything is resumable: the same command goes on, finished cells are kept. Hours on 2 cores, minutes on a GPU. A part's
 seeds may be measured one after the other, on other days or machines (--seeds 2): each sweep's cells join those that
@@ -58,6 +59,7 @@ class Part:
     settings : further assignments
     sigma_tn : None for the usual levels
     many : the figures' first row, a run on much data: training images, kimg (None: as long as the others)
+    splits : each seed has training and held-out images of its own, those of the split of this seed; 0's are all parts'
     rehearsed : by --tiny; of each group one is enough
     """
 
@@ -69,6 +71,7 @@ class Part:
     sigma_tn: tuple[float, ...] | None = None
     baselines: tuple[str, ...] = COMPARED
     many: tuple[int, float | None] | None = (1500, None)
+    splits: bool = False
     rehearsed: bool = False
 
 
@@ -78,6 +81,17 @@ def _pictures(resolution: int, images: int, kimg: float, every: float, **more: A
     return Part(images, kimg, resolution, every, **(usual | more))
 
 
+# quality against copying while they train: few runs, many samples
+_AUDITED = _pictures(
+    16,
+    100,
+    84.0,
+    6.0,
+    settings=IN_FEATURES,
+    sigma_tn=(0.0, default_sigma_tn(16)),
+    baselines=("fresh-noise",),
+    many=None,
+)
 PARTS = {
     "digits-100": Part(100, 64.0, rehearsed=True),
     "digits-300": Part(300, 192.0, every=16.0),
@@ -85,12 +99,9 @@ PARTS = {
     "pictures-16": _pictures(16, 300, 288.0, 24.0, rehearsed=True),
     "pictures-32": _pictures(32, 300, 288.0, 24.0),
     "pictures-16-100": _pictures(16, 100, 96.0, 12.0),
-    # quality against copying while they train: few runs, many samples
-    "pictures-16-100-audited": _pictures(
-        16, 100, 84.0, 6.0, settings=IN_FEATURES, sigma_tn=(0.0, default_sigma_tn(16)), baselines=("fresh-noise",),
-        many=None,
-    ),
-}  # fmt: skip
+    "pictures-16-100-audited": _AUDITED,
+    "pictures-16-100-splits": replace(_AUDITED, baselines=(), splits=True),
+}
 GROUPS = ("digits", "pictures", "figures")
 
 
@@ -100,7 +111,8 @@ def fastest_precision(gpus: int) -> str:
 
 
 def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
-    """The sweeps of the parts asked for by the folder's name; with figures, the runs on much data as well."""
+    """The sweeps of the parts asked for by the folder's name, NAME or, where each seed has a split of its own,
+    NAME/seedN; with figures, the runs on much data as well."""
     a = arguments
     found: dict[str, SweepRequest] = {}
     for name, part in PARTS.items():
@@ -110,6 +122,11 @@ def requests(arguments: argparse.Namespace) -> dict[str, SweepRequest]:
         if a.tiny and group in a.part and not part.rehearsed:
             continue
         request = _request(part, a)
+        if part.splits:
+            for seed in request.seeds:
+                own = [*request.assignments, f"data.split_seed={seed}"]
+                found[f"{name}/seed{seed}"] = replace(request, seeds=(seed,), assignments=own)
+            continue
         found[name] = request
         if "figures" in a.part and part.many is not None:
             count, length = (30, None) if a.tiny and pictures else part.many
@@ -219,9 +236,8 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{name}")
         summary = sweep(request, arguments.out / name)
         if not name.endswith("-many"):
-            merge(
-                rows / f"sweep-{name}.json", summary, **_measured_here(request, arguments.out / name / "machine.json")
-            )
+            file = rows / f"sweep-{name.partition('/')[0]}.json"
+            merge(file, summary, **_measured_here(request, arguments.out / name / "machine.json"))
     if "figures" in arguments.part:
         draw_figures(arguments.out, page)
     if page is None:

@@ -24,6 +24,7 @@ from fastambient.sweep.results import KINDS, STOPPED, WITHIN, over_seeds, summar
 READING = ("<!-- reading: begin -->", "<!-- reading: end -->")
 SHARES = (0.02, 0.05, 0.1, 0.2)  # of copies, at which distances are compared
 _GROWS = ("seeds", "sigma_tn", "baselines")  # settings of the sweep, not of its cells: more of them may come later
+_OF_A_ROW = ("training.precision=", "data.split_seed=")  # assignments that may differ from seed to seed
 
 
 def differences(summary: dict[str, Any], *, at: str | None = None, against_edm: bool = False) -> list[dict[str, Any]]:
@@ -111,6 +112,11 @@ def _times(found: dict[str, Any]) -> str:
     return "; ".join(f"on {where}, measured {' and '.join(sorted(dates))}" for where, dates in days.items())
 
 
+_SPLITS = (
+    " Each seed has training and held-out images of its own, so that the intervals hold for sets drawn as these were."
+)
+
+
 def section(name: str, found: dict[str, Any], figure: str | None = None) -> list[str]:
     """The page's part about one sweep.
 
@@ -133,7 +139,7 @@ def section(name: str, found: dict[str, Any], figure: str | None = None) -> list
         f" ({Path(s['data']).name}), {s['kimg']:g} kimg a run, {s['num']:,} samples, seeds {s['seeds']}"
         f"{''.join('; ' + text for kind, text in own.items() if kind in {c['kind'] for c in cells})}"
         f"{'; ' + ', '.join(overrides) if overrides else ''}. {len(cells)} runs, {duration(spent)} of training in all,"
-        f" {_times(found)}.",
+        f" {_times(found)}.{_SPLITS if len({c.get('split_seed', 0) for c in cells}) > 1 else ''}",
         "",
         table(summary).rstrip(),
         "",
@@ -260,13 +266,15 @@ def merge(file: Path, summary: dict[str, Any], *, device: str, date: str) -> Non
     """Put a sweep's cells among the rows of `file`: {"settings", "rows"}, a row a run with its device and date.
 
     A cell that is there already is replaced, further seeds, levels and baselines are added. Rows of other settings (data,
-    length, number of samples ...) are another experiment: they are dropped, and it is said. A precision is none: it is the
-    machine's choice, as its kernels are, and each row says its own.
+    length, number of samples ...) are another experiment: they are dropped, and it is said. Two settings are each row's:
+    its precision, which is the machine's choice, as its kernels are, and the seed of its split.
     """
     settings = dict(summary["settings"])
     settings["data"] = Path(settings["data"]).name  # wherever it lies
-    settings["assignments"] = [x for x in settings["assignments"] if not x.startswith("training.precision=")]
-    rows = {c["name"]: c | {"device": device, "date": date} for c in summary["cells"]}
+    splits = [int(x.partition("=")[2]) for x in settings["assignments"] if x.startswith("data.split_seed=")]
+    own = {"device": device, "date": date} | ({"split_seed": splits[-1]} if splits else {})
+    settings["assignments"] = [x for x in settings["assignments"] if not x.startswith(_OF_A_ROW)]
+    rows = {c["name"]: c | own for c in summary["cells"]}
     if file.is_file():
         there = json.loads(file.read_text())
         before = there["settings"]
@@ -307,8 +315,9 @@ def document(rows: Path, page: Path | None = None) -> str:
         "",
         "`make reproduce` writes this page from its rows (benchmarks/reproduce.py); every row was measured. EMA weights;"
         " copies by gap ratio d1/d2 < 1/3 in pixel space, the control searches equally many held-out images; baselines:"
-        " EDM, fresh noise, weight decay, early stopping. A seed is one of training and noise: all runs of a sweep have the"
-        ' same training images, so that intervals over seeds say nothing of other ones. "Better" in a comparison: the'
+        " EDM, fresh noise, weight decay, early stopping. A seed is one of training and noise: where a part does not say"
+        " otherwise, all of its runs have the same training images, so that intervals over seeds say nothing of other"
+        ' ones. "Better" in a comparison: the'
         " interval of copies or of FD lies below 0, and the other one below a loss that the rule which chooses a sigma_tn"
         f" would mind, {100 * TARGET:g} points of copies or {100 * WITHIN:g} % of FD; where distances alone are compared,"
         " theirs lies below 0.",

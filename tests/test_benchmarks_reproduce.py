@@ -251,8 +251,12 @@ def test_the_sweeps_of_each_part():
     assert {len(cells(r)) for r in found.values()} == {27} and found["digits-300"].kimg == 192
     found = reproduce.requests(arguments("--part", "pictures,figures", "--source", "x.zip", "--gpus", "0"))
     names = ["pictures-16", "pictures-32", "pictures-16-100"]
-    assert list(found) == [*(name for each in names for name in (each, f"{each}-many")), "pictures-16-100-audited"]
+    splits = [f"pictures-16-100-splits/seed{seed}" for seed in (0, 1, 2)]
+    assert list(found) == [*(x for each in names for x in (each, f"{each}-many")), "pictures-16-100-audited", *splits]
     audited = found.pop("pictures-16-100-audited")
+    for seed, request in enumerate(found.pop(name) for name in splits):
+        assert request.assignments == [*audited.assignments, f"data.split_seed={seed}"]
+        assert request.seeds == (seed,) and [c.kind for c in cells(request)] == ["edm", "ambient"]
     assert audited.audit_every == 6 and "evaluation.audit_features=efficientnet-lite0" in audited.assignments
     assert audited.sigma_tn == (0, 0.375) and len(cells(audited)) == 9
     assert found["pictures-16-100"].kimg == 96 and "data.train=100" in found["pictures-16-100"].assignments
@@ -297,6 +301,24 @@ def test_a_precision_is_the_machines_choice_and_each_row_says_its_own(tmp_path, 
     assert found["settings"]["assignments"] == ["data.train=100"] and not capsys.readouterr().err
     when = "measured 2026-11-24"
     assert f"on a machine, bf16, {when}; on a machine, fp32, {when}." in reproduce_page.document(tmp_path)
+
+
+def test_each_seed_may_have_training_images_of_its_own(tmp_path, capsys):
+    """Which ones is a row's, not the experiment's, and the page says so."""
+    file = tmp_path / "sweep-a.json"
+    for seed in (1, 2):
+        assert "images of its own" not in reproduce_page.document(tmp_path)
+        summary = swept(("edm", 0, 0.6, 1.5), ("ambient", 0.2, 0.1, 1.5), seeds=(seed,))
+        settings = summary["settings"]
+        summary["settings"] = settings | {"assignments": [*settings["assignments"], f"data.split_seed={seed}"]}
+        reproduce_page.merge(file, summary, **DAY)
+    assert [(r["seed"], r["split_seed"]) for r in json.loads(file.read_text())["rows"]] == [
+        (1, 1),
+        (1, 1),
+        (2, 2),
+        (2, 2),
+    ]
+    assert "images of its own" in reproduce_page.document(tmp_path) and not capsys.readouterr().err
 
 
 def test_where_results_go_is_there_before_the_first_run(tmp_path, monkeypatch):
