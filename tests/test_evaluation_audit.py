@@ -449,6 +449,7 @@ def _break(what: str, folders) -> list[str]:
         ("--out none/x.json", "there is no folder none"),
         ("--features nothing", "no embedder 'nothing'"),
         ("--weights w.pt", "--weights w.pt with --features none"),
+        ("--preprocess paper", "--preprocess paper with --features none"),
         ("--features pixel --preprocess paper", "--preprocess paper is DINOv2's"),
     ],
 )

@@ -20,7 +20,7 @@ import report_checks as checks
 from PIL import Image
 
 from fastambient.errors import InputError
-from fastambient.evaluation import overviews, report, report_figures, report_gallery, report_plots
+from fastambient.evaluation import overviews, report, report_figures, report_gallery, report_plots, sentences
 from fastambient.evaluation.figures_layout import draw
 from fastambient.evaluation.report import RunReport, fd_note, nearest_pairs, write_report
 from fastambient.pictures import grid
@@ -134,7 +134,7 @@ def test_one_sentence_a_run_with_its_numbers_and_limits(page):
 
 def test_the_sentence_without_a_control_says_so():
     run = checks.run("r", None, 12, holdout=0)
-    said = report_figures.summary(run.metrics)
+    said = sentences.summary(run.metrics)
     assert said["lead"] == (
         "12.0\xa0% of samples are copies of a training image (95\xa0% interval 5.6–18.4\xa0%);"
         " there is no held-out set, so the control is missing."
@@ -144,8 +144,8 @@ def test_the_sentence_without_a_control_says_so():
 
 def test_fewer_held_out_images_are_compared_at_equal_counts():
     m = _with(checks.run("r", 0.2, 40, train=200, holdout=80), memorization__control__train_rate=0.55).metrics
-    assert "searches 80 held-out images" in report_figures.summary(m)["detail"]
-    assert "against as many of the 200 training images the rate is 55.0\xa0%." in report_figures.summary(m)["detail"]
+    assert "searches 80 held-out images" in sentences.summary(m)["detail"]
+    assert "against as many of the 200 training images the rate is 55.0\xa0%." in sentences.summary(m)["detail"]
     rows = {f.name: f for f in report_figures.figures(m)}
     assert rows["Copy rate, equal counts"].value == "55.0\xa0%"
     assert rows["Nearest training image"].value == "3.33", "the median at equal counts, not the one of all images"
@@ -223,7 +223,7 @@ def test_everything_may_be_none(tmp_path):
 
 def test_comparison_claims_a_difference_only_where_intervals_are_apart():
     def text(*runs):
-        return report_figures.compare([(run.title, run.metrics) for run in runs]).replace("\xa0", " ")
+        return sentences.compare([(run.title, run.metrics) for run in runs]).replace("\xa0", " ")
 
     edm = checks.run("edm", 0.0, 30)
     apart = text(edm, checks.run("ambient", 0.2, 4))
@@ -443,7 +443,7 @@ def test_the_files_of_the_page_have_no_carriage_return():
 def test_a_low_copy_rate_of_samples_like_no_image_says_nothing(precision, coverage, copies, words, tmp_path):
     q = {"embedder": "pixel", "precision": precision, "coverage": coverage, "figures": {}, "notes": []}
     run = _with(checks.run("m", 0.2, copies), quality=[q])
-    told = report_figures.doubt(run.metrics)
+    told = sentences.doubt(run.metrics)
     assert told.startswith(words) and bool(told) == bool(words)
     html, page = _read(tmp_path, run)
     assert ("a low copy rate says nothing here" in page.text) == bool(words)
@@ -457,17 +457,17 @@ def test_too_few_held_out_images_for_a_coverage_raise_no_doubt_and_no_error(samp
         "counts": {"samples": samples, "holdout": holdout},
         "quality": [q],
     }
-    assert report_figures.doubt(told) == ""
-    assert "Precision is 0.00" in report_figures.doubt(told | {"quality": [q | {"precision": 0.0}]})
+    assert sentences.doubt(told) == ""
+    assert "Precision is 0.00" in sentences.doubt(told | {"quality": [q | {"precision": 0.0}]})
 
 
 def test_few_samples_cover_little_without_doubt():
     q = {"embedder": "pixel", "precision": 0.8, "coverage": 0.03, "figures": {}, "notes": []}
     of = {"samples": 100, "holdout": 10000}  # as many real images would cover 1 - (9999/10099)^5 = 5 %
     few = _with(checks.run("m", 0.2, 4), quality=[q], counts={**checks.run("m", 0.2, 4).metrics["counts"], **of})
-    assert report_figures.doubt(few.metrics) == ""
+    assert sentences.doubt(few.metrics) == ""
     q["coverage"] = 0.004
-    assert "coverage is 0.00" in report_figures.doubt(_with(few, quality=[q]).metrics)
+    assert "coverage is 0.00" in sentences.doubt(_with(few, quality=[q]).metrics)
 
 
 def test_the_contents_lead_to_what_is_there(page, tmp_path):

@@ -64,7 +64,7 @@ def evaluate(
     nearest neighbour lies the nearer, the more images are searched, so the held-out control searches as many distinct
     images as there are on the training side; where fewer are held out, ``memorization.control`` (and
     ``similarity.control``) hold the training side at that smaller count, too; ``excess_ci95`` there is of the copies of
-    all training images less those of the control.
+    all training images less those of the control, ``similarity.excess_...`` that of the smaller count.
 
     Parameters
     ----------

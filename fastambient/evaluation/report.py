@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from fastambient.errors import InputError
 from fastambient.evaluation import report_figures as figures
 from fastambient.evaluation import report_plots as plots
+from fastambient.evaluation import sentences
 from fastambient.evaluation.frechet import bias_note
 from fastambient.evaluation.metrics import Evaluation
 from fastambient.evaluation.quality import distance_name, spaces
@@ -50,7 +51,7 @@ class RunReport:
 
     @property
     def title(self) -> str:
-        return self.name if self.sigma_tn is None else f"{self.name} (sigma_tn {figures.number(self.sigma_tn)})"
+        return self.name if self.sigma_tn is None else f"{self.name} (sigma_tn {sentences.number(self.sigma_tn)})"
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def write_report(path: Path, runs: Sequence[RunReport], *, title: str, sweep: Sw
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=figures.percent, number=figures.number, keep=_keep, png=_png)
+    environment.filters.update(percent=sentences.percent, number=sentences.number, keep=_keep, png=_png)
     look, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     numbers, pictures = zip(*(gallery_data(run.evaluation) for run in runs), strict=True)
     data = [{"name": run.name, **numbers[i]} for i, run in enumerate(runs)]
@@ -101,12 +102,12 @@ def write_report(path: Path, runs: Sequence[RunReport], *, title: str, sweep: Sw
         # Nothing but this one script can run, whatever a name or a path holds.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         runs=runs,
-        summary=[figures.summary(m) for m in metrics],
+        summary=[sentences.summary(m) for m in metrics],
         sweep=sweep,
         curve=None if sweep is None else _data_uri(sweep.curve),
         over=None if sweep is None or sweep.training is None else _data_uri(sweep.training),
         # Of a sweep's runs the lowest and the highest say less than its own choice.
-        comparison="" if sweep else figures.compare([(run.title, run.metrics) for run in runs]),
+        comparison="" if sweep else sentences.compare([(run.title, run.metrics) for run in runs]),
         notes=list(dict.fromkeys(note for m in metrics for note in [*figures.notes(m), fd_note(m)] if note)),
         table=figures.table(metrics),
         styles=[plots.style(i) for i in range(len(runs))],
@@ -128,7 +129,7 @@ def write_report(path: Path, runs: Sequence[RunReport], *, title: str, sweep: Sw
 
 def fd_note(metrics: dict[str, Any]) -> str:
     """`bias_note` on the Frechet distance of a metrics.json; "" where there is none."""
-    counts, pixel = metrics["counts"], figures.at(metrics, "frechet/pixel") or {}
+    counts, pixel = metrics["counts"], sentences.at(metrics, "frechet/pixel") or {}
     if pixel.get("value") is None or not counts.get("holdout"):
         return ""
     return bias_note(counts["samples"], counts["holdout"], pixel["dimensions"])

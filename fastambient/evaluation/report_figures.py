@@ -1,16 +1,15 @@
-"""The words and numbers of report.html: a sentence for each run, and the table of figures with what each one means."""
+"""The table of figures of report.html, with what each one means."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastambient.evaluation.quality import BALLS, figure_name
+from fastambient.evaluation.quality import figure_name
+from fastambient.evaluation.sentences import at, interval, number, percent, space_name
 
 COPYING, QUALITY = "Copying", "Quality"
-_NEAR_NOTHING = 0.1  # a precision, or a share of the coverage that real images have, below which samples look like none
 _QUALITY = {  # by the first word of a figure's name, as `quality.figure_name` writes it: which end is better, meaning
     "fd": ("lower", "Frechet distance of the samples to images that never trained."),
     "fid": ("lower", "Frechet distance in Inception features to images that never trained."),
@@ -37,100 +36,6 @@ class Figure:
     value: str
     detail: str = ""
     better: str = ""
-
-
-def percent(rate: float) -> str:
-    return f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
-
-
-def interval(ci95: Sequence[float]) -> str:
-    """Both ends of an interval of shares: ``10.1-14.0 %``, with a dash."""
-    return f"{100 * ci95[0]:.1f}\N{EN DASH}{100 * ci95[1]:.1f}\N{NO-BREAK SPACE}%"
-
-
-def number(value: float) -> str:
-    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return text.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else text
-
-
-def at(metrics: Any, path: str) -> Any:
-    """What stands at a path of keys joined by "/", or None where a key is missing or what is on the way is None."""
-    for key in path.split("/"):
-        metrics = metrics.get(key) if isinstance(metrics, dict) else None
-    return metrics
-
-
-def summary(metrics: dict[str, Any]) -> dict[str, str]:
-    """What was found about one run: lead (one sentence with its limits), doubt (see `doubt`) and detail (how it was
-    counted)."""
-    gap, counts = metrics["memorization"]["gap_ratio"], metrics["counts"]
-    samples, train, searched = counts["samples"], counts["train"], at(metrics, "memorization/control/images")
-    lead = f"{percent(gap['rate'])} of samples are copies of a training image"
-    lead += f" (95\N{NO-BREAK SPACE}% interval {interval(gap['ci95'])})"
-    found = (
-        f"{gap['copies']:,} of {samples:,} samples lie less than {number(gap['threshold'])} times as far from one of"
-        f" the {train:,} training images as from any other."
-    )
-    control = gap.get("holdout_rate")
-    if control is None:
-        lead += "; there is no held-out set, so the control is missing."
-        found += " Without images that never trained it cannot be told how much of this is chance."
-        return {"lead": lead, "doubt": doubt(metrics), "detail": found}
-    lead += f"; of held-out images {percent(control)}."
-    if searched is not None:
-        found += f" The control searches {searched:,} held-out images, which the model never saw"
-        rate = at(metrics, "memorization/control/train_rate")
-        if searched < counts.get("train_distinct", searched) and rate is not None:
-            found += f"; against as many of the {train:,} training images the rate is {percent(rate)}"
-        found += "."
-    return {"lead": lead, "doubt": doubt(metrics), "detail": found}
-
-
-def doubt(metrics: dict[str, Any]) -> str:
-    """Why a low copy rate says nothing here: the samples look like no real image, or like few of them; else "".
-
-    Noise copies nothing, either. Said where precision is below a tenth, or coverage below a tenth of what as many real
-    images would reach: 1 - (M-1)...(M-k) / ((N+M-1)...(N+M-k)) in expectation (Naeem et al., 2020, eq. 10), which is
-    little for few samples. From a copy rate of a half on there is no low one to doubt.
-    """
-    if metrics["memorization"]["gap_ratio"]["rate"] >= 0.5:
-        return ""
-    for q in metrics.get("quality") or ():
-        precision, coverage = q.get("precision"), q.get("coverage")
-        n, m = metrics["counts"]["samples"], metrics["counts"]["holdout"]
-        alien = precision is not None and precision < _NEAR_NOTHING
-        few = False
-        if coverage is not None:  # there are more than k real images then
-            missed = math.prod((m - i) / (n + m - i) for i in range(1, BALLS + 1))
-            few = coverage < _NEAR_NOTHING * (1 - missed)
-        if alien or few:
-            both = {"precision": precision, "coverage": coverage}
-            told = " and ".join(f"{name} is {value:.2f}" for name, value in both.items() if value is not None)
-            what = "hardly a sample looks like a real image" if alien else "the samples look like few of the real ones"
-            return (
-                f"{told[:1].upper()}{told[1:]} ({_space(q['embedder'])}): {what}, so a low copy rate says nothing here."
-            )
-    return ""
-
-
-def compare(named: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """How the lowest and the highest copy rate differ; no claim where their intervals touch. "" for a single run."""
-    if len(named) < 2:
-        return ""
-    ordered = sorted(named, key=lambda run: run[1]["memorization"]["gap_ratio"]["rate"])
-    (first, a), (last, b) = ordered[0], ordered[-1]
-    low, high = (m["memorization"]["gap_ratio"] for m in (a, b))
-    if low["ci95"][1] >= high["ci95"][0]:
-        text = f"No difference in copying is shown: the intervals of {first} and {last} overlap."
-    else:
-        text = (
-            f"{first} copies less than {last}: {percent(low['rate'])} against {percent(high['rate'])} of the samples."
-        )
-    values = [at(m, "frechet/pixel/value") for m in (a, b)]
-    if None in values:
-        return text
-    distances = " and ".join(number(v) for v in values)
-    return f"{text} Their Frechet distances to the held-out images are {distances}, in this order (lower is better)."
 
 
 def figures(metrics: dict[str, Any]) -> list[Figure]:
@@ -196,7 +101,7 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
     s = metrics.get("similarity")
     if not s:
         return []
-    space, rows = f"{_space(s['embedder'])}, cosine", []
+    space, rows = f"{space_name(s['embedder'])}, cosine", []
     alike = " Small pictures of one kind reach it in pixels without being copies." if s["embedder"] == "pixel" else ""
     some, whole = at(s, "control/images"), at(metrics, "counts/train_distinct")
     fewer = bool(some) and some != whole
@@ -255,7 +160,7 @@ def _likeness(metrics: dict[str, Any]) -> list[Figure]:
             held = f"; at equal counts {number(equal)}{held}"
         rows.append(
             Figure(
-                COPYING, "MiFID", _space(m.get("embedder", "")),
+                COPYING, "MiFID", space_name(m.get("embedder", "")),
                 "Frechet distance, divided by the mean cosine distance to the nearest training image where that is"
                 f" below {number(m.get('threshold', 0.1))}.",
                 _number(m.get("value")), "" if distance is None else f"mean cosine distance {number(distance)}{held}",
@@ -273,7 +178,7 @@ def _likeness(metrics: dict[str, Any]) -> list[Figure]:
             told.append(f"of {chance['images']:,} held-out images {number(chance['holdout_gap'])}")
         rows.append(
             Figure(
-                COPYING, "FLD gap", _space(f.get("embedder", "")),
+                COPYING, "FLD gap", space_name(f.get("embedder", "")),
                 "How much better the samples explain training than held-out images. Of few pictures it is above 0"
                 " without copying: beside it what held-out images reach in their place.",
                 _number(f.get("gap")), ", ".join(told), "lower",
@@ -295,7 +200,7 @@ def _quality(metrics: dict[str, Any]) -> list[Figure]:
                 beside = _own(own, metrics["counts"])
             rows.append(
                 Figure(
-                    QUALITY, name[:1].upper() + name[1:], _space(q["embedder"]),
+                    QUALITY, name[:1].upper() + name[1:], space_name(q["embedder"]),
                     meaning, _number(value), beside, better,
                 )
             )  # fmt: skip
@@ -309,7 +214,7 @@ def _quality(metrics: dict[str, Any]) -> list[Figure]:
         name = figure_name("FD", counts["samples"], "held-out", dimensions=f["dimensions"], references=held)
         rows.append(
             Figure(
-                QUALITY, name, _space(space),
+                QUALITY, name, space_name(space),
                 "Frechet distance to all held-out images. Beside it what the training images themselves reach, at equal"
                 " counts, since few images lie farther: copies reach it, too.",
                 _number(f["value"]), _own(f, counts), "lower",
@@ -354,11 +259,6 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     for q in metrics.get("quality") or ():
         found += [f"{q['embedder']}: {note}" for note in q.get("notes") or ()]
     return found
-
-
-def _space(embedder: str) -> str:
-    """What an embedder measures in, for people."""
-    return "pixels" if embedder == "pixel" else embedder
 
 
 def _share(value: float | None) -> str:

@@ -167,6 +167,8 @@ def open_embedder(features: str, weights: Path | None, preprocess: str, *, devic
         return load_embedder(features, weights=weights, preprocess=preprocess, device=device)  # type: ignore[arg-type]
     if weights is not None:
         raise InputError(f"--weights {weights} with --features none; leave one of them out")
+    if preprocess != "standard":
+        raise InputError(f"--preprocess {preprocess} with --features none; leave one of them out")
     return None
 
 

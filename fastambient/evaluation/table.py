@@ -13,7 +13,7 @@ from rich.table import Table
 from fastambient.console import shown_name
 from fastambient.evaluation.quality import figure_name
 from fastambient.evaluation.report import RunReport, fd_note
-from fastambient.evaluation.report_figures import summary
+from fastambient.evaluation.sentences import summary
 
 _NAMED = 3  # of the most copied training images
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastambient.evaluation.quality import distance_name, spaces
+from fastambient.plots import save_figure
 from fastambient.sweep.results import KINDS, STOPPED
-from fastambient.training.audits_plot import save_figure
 
 _STYLE = {  # colour and marker: curves differ by more than colour
     "edm": ("#2f7ed8", "o"), "ambient": ("#2f7ed8", "o"), "fresh-noise": ("#d9652b", "^"),

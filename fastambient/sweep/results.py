@@ -28,7 +28,7 @@ from scipy.stats import t as student
 
 from fastambient.evaluation.memorization import bootstrap_interval
 from fastambient.evaluation.quality import distance_name, spaces
-from fastambient.evaluation.report_figures import doubt
+from fastambient.evaluation.sentences import doubt
 from fastambient.sweep.audited import best_audit, passing
 from fastambient.training import checkpoint
 from fastambient.training.audits import excess
