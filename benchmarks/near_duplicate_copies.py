@@ -4,7 +4,8 @@
 
 600 images train, of which 200 stand in the set a second time: encoded as JPEG, or a tenth brighter. Samples are these 200
 with noise, and 500 images that are not in the set. Rates by `nearest_two`, for which a near-duplicate is a picture of
-its own, and by `nearest_pictures`, for which it is not.
+its own, and by `nearest_pictures`, for which it is not. And the other way round: of 40 images 16 shots each train, which
+differ by soft light, and 5 new shots of each are the samples, which copy none.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastambient.evaluation.nearest_pictures import nearest_pictures
 from fastambient.files import write_json
 
 IMAGES, TWICE, OTHERS = 600, 200, 500
+SUBJECTS, SHOTS, NEW, LIGHT = 40, 16, 5, 10.0  # LIGHT in grey levels, drawn for each eighth of the width and height
 SIGMAS = (0.05, 0.1)  # of the noise, in units of pixels in [-1, 1]
 
 
@@ -36,6 +38,16 @@ def by_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
         file = io.BytesIO()
         Image.fromarray(image.transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
         out.append(np.asarray(Image.open(file)).transpose(2, 0, 1))
+    return np.stack(out)
+
+
+def shots(images: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """uint8 [N * count, 3, H, W]: each image `count` times, in light of its own."""
+    size = images.shape[-1] // 8
+    out = []
+    for image in images.repeat(count, 0).astype(np.float64):
+        light = LIGHT * generator.standard_normal((3, 8, 8)).repeat(size, 1).repeat(size, 2)
+        out.append(np.clip(image + light, 0, 255).astype(np.uint8))
     return np.stack(out)
 
 
@@ -59,6 +71,13 @@ def main() -> None:
                 row[search.__name__] = {"copies": float(copies[:TWICE].mean()), "others": float(copies[TWICE:].mean())}
             print(row)
             rows.append(row)
+    subjects = images[:SUBJECTS]
+    many, new = (shots(subjects, count, generator) for count in (SHOTS, NEW))
+    row = {"again": f"{SHOTS} shots in other light", "sigma": None}
+    for search in (nearest_two, nearest_pictures):
+        row[search.__name__] = {"copies": None, "others": float(search(new, many).copies().mean())}
+    print(row)
+    rows.append(row)
     settings = {"data": Path(a.source).name, "images": IMAGES, "twice": TWICE, "others": OTHERS}
     device = protocol.environment(torch.device("cpu"))["device"]
     write_json(a.out, {"device": device, "date": str(date.today()), "settings": settings, "rows": rows})

@@ -10,6 +10,16 @@ import sys
 import threading
 
 
+def python_command(module: str, *arguments: str) -> list[str]:
+    """A command that calls `main(arguments)` of a module of this package and exits with what it returns.
+
+    It looks for modules where this process does. ``python -m`` looks in the current folder first, and would run a file
+    of the user's there that is called like a module of the standard library.
+    """
+    start = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-c", start, *arguments]
+
+
 def die_with_parent() -> None:
     """Let the kernel end this process when its parent ends, however that happens (Linux).
 

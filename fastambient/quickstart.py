@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from fastambient.evaluation.report import write_report
 from fastambient.evaluation.run import evaluate_run
 from fastambient.evaluation.table import print_table
 from fastambient.files import refuse_existing
-from fastambient.processes import die_with_parent
+from fastambient.processes import die_with_parent, python_command
 from fastambient.training.run import RunFolder
 
 MODELS = (("edm", 0.0), ("ambient", 0.2))
@@ -35,7 +34,7 @@ def train_side_by_side(runs: list[tuple[Path, list[str]]], *, nimg: int) -> None
         environment.pop(name, None)
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "fastambient", "train", "--gpus", "0", "--out", str(path), *arguments],
+            python_command("fastambient.cli", "train", "--gpus", "0", "--out", str(path), *arguments),
             env=environment,
             preexec_fn=die_with_parent,
             stdout=log,

@@ -408,6 +408,9 @@ def _break(what: str, folders) -> list[str]:
     if what == "onto itself":
         np.savez("samples.npz", images=train[:9])
         return ["--samples", "samples.npz", *usual, "--out", "samples.npz"]
+    if what == "onto another":
+        Path("notes.json").write_text('["mine"]')
+        return ["--samples", "samples", *usual, "--out", "notes.json"]
     if what == "store resolution":
         prepare(open_source("train"), "store", train=50, holdout=10, noise_seed=1)
         return ["--samples", "samples", "--train", "store", "--features", "none", "--resolution", "8"]
@@ -440,6 +443,8 @@ def _break(what: str, folders) -> list[str]:
             "run is a run folder, its pictures are drawings of the run: name the images that it trained on (run/store",
         ),
         ("onto itself", "--out samples.npz is what is to be read, and would be replaced"),
+        ("onto another", "--out notes.json exists and is no metrics of an earlier evaluation"),
+        ("--out /proc/x.json", "--out /proc/x.json cannot be written"),
         ("overviews", "run/samples holds the overviews that a run drew of itself"),
         ("store resolution", "--resolution 8, but the store store holds images of 16 pixels"),
         ("--holdout nowhere", "'nowhere'"),

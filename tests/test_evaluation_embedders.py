@@ -227,6 +227,13 @@ def test_damaged_and_missing_weights_are_refused(tmp_path):
         load_embedder(weights=file)
 
 
+def test_a_file_that_is_called_like_an_embedder_is_not_shown_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(torch.nn.Flatten()).save("inception")
+    with pytest.raises(InputError, match="called like the embedder inception"):
+        load_embedder("./inception")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

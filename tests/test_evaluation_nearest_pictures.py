@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 from planted import textures
 
-from fastambient.evaluation import nearest_pictures as module
+from fastambient.data import near_duplicates as module
 from fastambient.evaluation.memorization import nearest_two
 from fastambient.evaluation.metrics import evaluate
 from fastambient.evaluation.nearest_pictures import nearest_pictures
+from fastambient.evaluation.report_figures import figures
+from fastambient.evaluation.table import sentence
 from fastambient.training.audits import AuditSets, measure
 
 
@@ -56,12 +58,11 @@ def test_copies_of_what_stands_there_twice_are_found(sets, flips):
         squared = np.minimum(
             squared, np.square((mirrored[:8, None].astype(float) - train[None, ..., ::-1]) / 127.5).sum((2, 3, 4))
         )
-    for k in range(8):  # by hand: the nearest that is not picture k in any of its versions
+    for k in range(8):  # by hand: the nearest that is not picture k in any of its versions; exactly that one
         versions = [k, 30 + k] + ([40 + k] if k < 4 else [])
         allowed = np.setdiff1d(np.arange(len(train)), versions)
         best = allowed[squared[k][allowed].argmin()]
-        assert found.distance[k, 1] == pytest.approx(squared[k][others[k]] ** 0.5)
-        assert others[k] in allowed and found.distance[k, 1] == pytest.approx(squared[k][best] ** 0.5, rel=0.03)
+        assert others[k] == best and found.distance[k, 1] == pytest.approx(squared[k][best] ** 0.5)
 
 
 def test_the_order_of_the_set_and_exact_copies_change_nothing(sets):
@@ -70,6 +71,30 @@ def test_the_order_of_the_set_and_exact_copies_change_nothing(sets):
     for order in (np.arange(len(train))[::-1], np.random.default_rng(5).permutation(len(train))):
         again = np.concatenate([train[order], train[order][:20]])
         assert nearest_pictures(samples, again).copies().tolist() == [True] * 14 + [False] * 10
+
+
+def test_near_duplicates_of_near_duplicates_are_pictures_of_their_own(sets):
+    """A film from one picture to another: each frame is alike to the next few, and the first one not to the last."""
+    train, *_ = sets
+    ends, count = train[[11, 12]].astype(float), 40
+    film = np.rint([(1 - t) * ends[0] + t * ends[1] for t in np.linspace(0, 1, count)]).astype(np.uint8)
+    k = np.arange(count)
+    alike = np.zeros((count, count), bool)
+    alike[tuple(module.near_duplicates_of(k, film))] = True
+    by_pairs = [[bool(module.are_near_duplicates(film[[i]], film[[j]])[0]) for j in k] for i in k]
+    assert alike.tolist() == by_pairs and alike[0, 1] and not alike[0, -1]
+    found = nearest_pictures(noised(film[[0, 39]], 0.02, 7), np.concatenate([film, train[20:]]))
+    for row, (own, other) in enumerate(found.index.tolist()):
+        assert own == (0, 39)[row] and other < count and not alike[own, other]
+        assert alike[own, other + (1 if own else -1)], "the next one that is no near-duplicate of the nearest"
+
+
+def test_one_sample_says_nothing_of_another(sets):
+    train, _, samples = sets
+    together = nearest_pictures(samples, train)
+    for k in range(len(samples)):
+        alone = nearest_pictures(samples[k : k + 1], train)
+        assert (alone.index[0] == together.index[k]).all() and (alone.distance[0] == together.distance[k]).all()
 
 
 def test_what_lies_between_twins_and_copies_neither_is_no_copy(sets):
@@ -92,8 +117,13 @@ def test_the_rates_and_the_note(sets):
     assert memorization["gap_ratio"]["copies"] == 14 and memorization["gap_ratio"]["holdout_rate"] == 0
     assert memorization["near_duplicates"] == {"copies": 8, "rate_without": pytest.approx(6 / 24)}
     (note,) = [note for note in told["notes"] if "near-duplicate" in note]
-    assert note.startswith("8 of the copies are of training images that") and "the copy rate would be 25.0 %" in note
+    assert note.startswith("8 of the copies are near to training images that")
+    assert "the copy rate would be 25.0 %" in note and "58.3 % of samples are copies" in sentence(told)
+    assert "; 25.0 % if near-duplicates among these counted as different pictures); of held-out" in sentence(told)
+    rows = {figure.name: figure.value for figure in figures(told)}
+    assert rows["Copy rate, near-duplicates apart"] == "25.0\N{NO-BREAK SPACE}%"
     single = evaluate(samples, train[:30], settings={}).metrics
+    assert "apart" not in " ".join(figure.name for figure in figures(single)) and "different" not in sentence(single)
     assert single["memorization"]["near_duplicates"] is None and not any("near-dup" in n for n in single["notes"])
 
 
@@ -113,6 +143,10 @@ def test_hashes_are_made_of_pairs_that_may_be_twins_alone(sets, monkeypatch):
     hashed = []
     original = module.perceptual_hash
     monkeypatch.setattr(module, "perceptual_hash", lambda image: hashed.append(1) or original(image))
-    assert nearest_pictures(samples, train).copies().sum() == 14 and 16 <= len(hashed) <= 24
+    assert nearest_pictures(samples, train).copies().sum() == 14
+    once = len(hashed)
+    assert once <= 2 * 8 + 22, "the two nearest of each copy, and all that are alike to these"
+    nearest_pictures(np.concatenate([samples] * 3), train)
+    assert len(hashed) == 2 * once
     small = nearest_pictures(samples[..., :28, :28], train[..., :28, :28])
     assert small.passed is None and small.copies().sum() == 6, "too small for the hash"

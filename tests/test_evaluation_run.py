@@ -18,6 +18,7 @@ from fastambient.evaluation.embedders import load_embedder
 from fastambient.evaluation.report import RunReport
 from fastambient.evaluation.run import Evaluated, evaluate_run
 from fastambient.evaluation.table import print_table
+from fastambient.pictures import save_png
 from fastambient.training.run import RunFolder
 
 
@@ -210,3 +211,15 @@ def test_the_embedder_is_the_settings_or_the_one_that_is_asked_for(tmp_path):
         evaluate_run(run, num=3, preprocess="paper")
     with pytest.raises(InputError, match="no embedder 'nothing'"):
         evaluate_run(run, num=3, features="nothing")
+
+
+def test_pictures_are_not_written_among_the_samples(tmp_path):
+    """They would be read as samples the next time."""
+    run = make_run(tmp_path / "run")
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for i, image in enumerate(RunFolder.existing(run).open_store().train.images[:3]):
+        save_png(folder / f"{i}.png", image)
+    with pytest.raises(InputError, match="lies among the samples"):
+        evaluate_run(run, samples=folder, out=folder / "m.json")
+    assert len(list(folder.iterdir())) == 3

@@ -24,6 +24,8 @@ _CORRELATION = 0.95
 _SIDE = 16  # pixels of the grey versions
 _FLAT = 1.0  # grey levels; a picture of less contrast is one colour
 _READ = 32  # pictures read at once, of any size
+_BLOCK = 4096  # grey versions compared at once with another
+_COMPARED = 1 << 24  # pairs of them at once: 64 MiB of correlations
 _MAX_LEADERS = 32  # different pictures of one hash that are told apart
 _POPCOUNT = np.array([number.bit_count() for number in range(1 << 16)], np.uint8)
 
@@ -74,6 +76,38 @@ def near_duplicate_groups(hashes: np.ndarray, images: Images) -> np.ndarray:
         others = np.array(leaders[b])
         edges += [(head, int(row)) for head in leaders[a] for row in others[small.alike(head, others)]]
     return _connected(n, np.array(edges, np.int64).reshape(-1, 2))
+
+
+def are_near_duplicates(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """bool [n]: whether the pictures a[k] and b[k], uint8 [n, C, H, W] each, are near-duplicates of each other."""
+    rows = np.arange(len(a))
+    first, second = (_Small(side, rows).grey for side in (a, b))
+    alike = np.zeros(len(a), bool)
+    for k in range(len(a)):
+        alike[k] = _alike(first[k : k + 1], second[k : k + 1])[0, 0]
+    for k in np.flatnonzero(alike).tolist():
+        alike[k] = (perceptual_hash(a[k]) ^ perceptual_hash(b[k])).bit_count() <= _DISTANCE
+    return alike
+
+
+def near_duplicates_of(rows: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (a, b), int64 [p] each, of which image rows[a] is a near-duplicate of image b: of itself, too, and not of
+    what a chain of other pairs leads to.
+
+    Parameters
+    ----------
+    rows : int64 [n], positions among the images
+    images : uint8 [M, C, H, W]
+    """
+    small, pairs = _Small(images, np.arange(len(images))).grey, [np.zeros((2, 0), np.int64)]
+    block = min(_BLOCK, max(_COMPARED // max(len(rows), 1), 1))
+    for start in range(0, len(images), block):
+        first, second = np.nonzero(_alike(small[rows], small[start : start + block]))
+        pairs.append(np.stack([first, second + start]))
+    a, b = np.concatenate(pairs, 1)
+    hashes = {i: perceptual_hash(images[i]) for i in np.union1d(rows[a], b).tolist()}
+    near = [(hashes[i] ^ hashes[j]).bit_count() <= _DISTANCE for i, j in zip(rows[a].tolist(), b.tolist(), strict=True)]
+    return a[near], b[near]
 
 
 def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -145,26 +179,24 @@ class _Small:
 
     def alike(self, row: int, others: np.ndarray) -> np.ndarray:
         """bool [n]: which of `others` are the picture `row`."""
-        out = np.zeros(len(others), bool)
-        a = self._centred(np.array([row]))
-        for start in range(0, len(others), 4096):
-            part = others[start : start + 4096]
-            b = self._centred(part)
-            size_a, size_b = (np.sqrt((x * x).mean(1)) for x in (a, b))
-            correlation = (a * b).mean(1) / np.maximum(size_a * size_b, 1e-12)
-            flat_a, flat_b = size_a < _FLAT, size_b < _FLAT
-            level = np.abs(self._mean(part) - self._mean(np.array([row])))
-            out[start : start + 4096] = np.where(
-                flat_a | flat_b, flat_a & flat_b & (level < 4), correlation >= _CORRELATION
-            )
-        return out
+        own = self._of(np.array([row]))
+        parts = [self._of(others[start : start + _BLOCK]) for start in range(0, len(others), _BLOCK)]
+        return np.concatenate([np.zeros(0, bool), *(_alike(own, part)[0] for part in parts)])
 
     def _of(self, rows: np.ndarray) -> np.ndarray:
-        return self.grey[np.searchsorted(self.rows, rows)].astype(np.float32)
+        return self.grey[np.searchsorted(self.rows, rows)]
 
-    def _mean(self, rows: np.ndarray) -> np.ndarray:
-        return self._of(rows).mean(1)
 
-    def _centred(self, rows: np.ndarray) -> np.ndarray:
-        grey = self._of(rows)
-        return grey - grey.mean(1, keepdims=True)
+def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """bool [n, m]: which grey versions, uint8 [n, 256] and [m, 256], are of one picture, as far as these tell."""
+    levels, sizes, centred = [], [], []
+    for grey in (a, b):
+        x = grey.astype(np.float32)
+        levels.append(x.mean(1))
+        centred.append(x - levels[-1][:, None])
+        sizes.append(np.sqrt(np.square(centred[-1]).mean(1)))
+    size_a, size_b = sizes[0][:, None], sizes[1][None]
+    correlation = centred[0] @ centred[1].T / x.shape[1] / np.maximum(size_a * size_b, 1e-12)
+    flat_a, flat_b = size_a < _FLAT, size_b < _FLAT
+    level = np.abs(levels[0][:, None] - levels[1][None])
+    return np.where(flat_a | flat_b, flat_a & flat_b & (level < 4), correlation >= _CORRELATION)

@@ -175,6 +175,8 @@ def load_embedder(
     if not (path.suffix or path.exists()) or "\n" in name:
         raise InputError(f"there is no embedder {name!r}{did_you_mean(name, NAMES)}, or a TorchScript file PATH.pt")
     check_module_path(path)
+    if path.name in NAMES:
+        raise InputError(f"{path} is called like the embedder {path.name}, which it is not; give the file another name")
     if weights is not None:
         raise InputError(f"--weights {weights}: {path} holds its own weights; leave it out")
     module, digest = script_bytes(path, place)

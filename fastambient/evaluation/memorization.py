@@ -101,6 +101,7 @@ def nearest_two(
     *,
     flips: bool = False,
     on_block: Callable[[int], None] | None = None,
+    without: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Neighbours:
     """The exact nearest and second nearest distinct image of each sample.
 
@@ -109,6 +110,8 @@ def nearest_two(
     samples, images: uint8 [N, C, H, W] and [M, C, H, W].
     flips: an image is as near as the nearer of itself and its mirror image (for models trained with x-flips).
     on_block: called after each block with the number of pairs (a sample, a distinct image) that it compared.
+    without: pairs of a sample and an image, int64 [p] each, that are passed over; of equal images the first one counts.
+        A sample that is left fewer than two images has infinite distances, and any index, in place of what is missing.
 
     Raises
     ------
@@ -133,13 +136,26 @@ def nearest_two(
     flipped = np.zeros(len(samples), bool)
     for start in range(0, len(samples), _SAMPLE_BLOCK):
         rows = slice(start, start + _SAMPLE_BLOCK)
-        squared[rows], nearest = search.nearest_two(samples[rows], _IMAGE_BLOCK, on_block)
+        squared[rows], nearest = search.nearest_two(
+            samples[rows], _IMAGE_BLOCK, on_block, _in(rows, without, positions)
+        )
         index[rows] = positions[nearest]
         if flips:
             a, b = _flat(samples[rows]), _flat(images[index[rows, 0]])
             mirrored = _flat(samples[rows][..., ::-1])
             flipped[rows] = squared_distances(mirrored, b) < squared_distances(a, b)
     return Neighbours(index, np.sqrt(squared) / 127.5, flipped)
+
+
+def _in(
+    rows: slice, without: tuple[np.ndarray, np.ndarray] | None, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The pairs of samples in `rows`, with the samples' places among these and the images' among `positions`."""
+    if without is None:
+        return None
+    samples, images = without
+    here = (samples >= rows.start) & (samples < rows.stop) & np.isin(images, positions)
+    return samples[here] - rows.start, np.searchsorted(positions, images[here])
 
 
 def _flat(images: np.ndarray) -> np.ndarray:

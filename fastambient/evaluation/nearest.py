@@ -96,7 +96,11 @@ class Search:
             self._levels.insert(0, _Directions(self._images))
 
     def nearest_two(
-        self, samples: np.ndarray, block: int, on_block: Callable[[int], None] | None = None
+        self,
+        samples: np.ndarray,
+        block: int,
+        on_block: Callable[[int], None] | None = None,
+        without: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Squared distances float64 [n, 2] in grey levels, ascending, and places int64 [n, 2] among the images; of
         images at the same distance the earlier one.
@@ -105,6 +109,8 @@ class Search:
         ----------
         samples: uint8 [n, C, H, W].
         block: images at once; on_block is called after each with the number of pairs.
+        without: pairs (of samples int64 [p], of places int64 [p]) that are passed over. Where fewer than two images are
+            left to a sample, what is missing has place -1 and distance infinity.
         """
         sides = [samples, samples[..., ::-1]] if self._flips else [samples]  # |s - mirrored t| = |mirrored s - t|
         found = _Best([side.reshape(len(samples), -1) for side in sides], self._images)
@@ -112,6 +118,10 @@ class Search:
         for start in range(0, len(self._images), block):
             rows = slice(start, min(start + block, len(self._images)))
             left: np.ndarray | None = None
+            if without is not None:
+                left = np.ones((len(samples), rows.stop - rows.start), bool)
+                here = (without[1] >= rows.start) & (without[1] < rows.stop)
+                left[without[0][here], without[1][here] - rows.start] = False
             for level in levels:
                 left = level.left(rows, left)
                 if np.count_nonzero(left) <= _MOST_LEFT * left.size:

@@ -62,6 +62,16 @@ def _copying(metrics: dict[str, Any]) -> list[Figure]:
             _share(gap.get("holdout_rate")), f"{interval(ends)}, {beside}" if ends else beside,
         ),
     ]  # fmt: skip
+    apart = at(m, "near_duplicates/rate_without")
+    if apart is not None:
+        rows.append(
+            Figure(
+                COPYING, "Copy rate, near-duplicates apart", space,
+                "The same if near-duplicates among the training images counted as different pictures: what is near to"
+                " two of them is then no copy.",
+                percent(apart), "", "lower",
+            )
+        )  # fmt: skip
     if images and images < counts.get("train_distinct", images) and control.get("train_rate") is not None:
         rows.append(
             Figure(

@@ -104,6 +104,8 @@ def evaluate_run(
     target = out or run.metrics
     beside = (lambda part: target.with_name(f"{target.stem}-{part}")) if out else (lambda part: path / part)
     check_target(target, samples, features, weights)
+    if samples is not None and samples.is_dir() and target.parent.samefile(samples):
+        raise InputError(f"--out {target} lies among the samples, as its pictures would; choose another folder")
     check_num(num)
     embedder = open_embedder(*embedder_settings(e, features, weights, preprocess), device=device)
     seeds, gap, stats = None, None, run.read_stats()

@@ -17,7 +17,11 @@ def summary(metrics: dict[str, Any]) -> dict[str, str]:
     gap, counts = metrics["memorization"]["gap_ratio"], metrics["counts"]
     samples, train, searched = counts["samples"], counts["train"], at(metrics, "memorization/control/images")
     lead = f"{percent(gap['rate'])} of samples are copies of a training image"
-    lead += f" (95\N{NO-BREAK SPACE}% interval {interval(gap['ci95'])})"
+    apart = at(metrics, "memorization/near_duplicates/rate_without")
+    lead += f" (95\N{NO-BREAK SPACE}% interval {interval(gap['ci95'])}"
+    if apart is not None:
+        lead += f"; {percent(apart)} if near-duplicates among these counted as different pictures"
+    lead += ")"
     found = (
         f"{gap['copies']:,} of {samples:,} samples lie less than {number(gap['threshold'])} times as far from one of"
         f" the {train:,} training images as from any other."

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 from fastambient.console import WARNING, progress, say, warn
-from fastambient.processes import die_with_parent
+from fastambient.processes import die_with_parent, python_command
 from fastambient.sweep.request import Cell, SweepRequest
 from fastambient.sweep.results import STOPPED, cell_line, result_of_cell
 from fastambient.training.ending import go_on_from
@@ -37,7 +36,7 @@ class _Job:
         self.log: IO[str] = open(log, "a+", encoding="utf-8")  # noqa: SIM115
         self.heard = log.stat().st_size  # bytes: what an earlier call was told is not said again
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "fastambient.sweep.cell", *asked],
+            python_command("fastambient.sweep.cell", *asked),
             env=environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, preexec_fn=die_with_parent,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then tells the children once
         )  # fmt: skip
@@ -81,7 +80,7 @@ def run_all(request: SweepRequest, todo: list[Cell], out: Path) -> dict[Cell, st
     waiting = sorted(todo, key=lambda c: (request.seeds.index(c.seed), c.kind not in STOPPED))
     jobs: dict[Cell, _Job] = {}
     count, total, failed, told = 0, len(todo), dict[Cell, str](), set[str]()
-    seen = {c.name: RunFolder(out / c.name).images_seen() for c in todo}
+    seen = {c.name: min(RunFolder(out / c.name).images_seen(), images[c.name]) for c in todo}
     try:
         with progress("sweep", sum(images.values()) - sum(seen.values())) as advance:
             while waiting or jobs:
