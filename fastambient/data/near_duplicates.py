@@ -12,7 +12,7 @@ itself): docs/design.md has what was measured.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -80,11 +80,8 @@ def near_duplicate_groups(hashes: np.ndarray, images: Images) -> np.ndarray:
 
 def are_near_duplicates(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """bool [n]: whether the pictures a[k] and b[k], uint8 [n, C, H, W] each, are near-duplicates of each other."""
-    rows = np.arange(len(a))
-    first, second = (_Small(side, rows).grey for side in (a, b))
-    alike = np.zeros(len(a), bool)
-    for k in range(len(a)):
-        alike[k] = _alike(first[k : k + 1], second[k : k + 1])[0, 0]
+    first, second = (_Versions(_Small(side, np.arange(len(a))).grey) for side in (a, b))
+    alike = _alike(first, second, (first.centred * second.centred).mean(1))
     for k in np.flatnonzero(alike).tolist():
         alike[k] = (perceptual_hash(a[k]) ^ perceptual_hash(b[k])).bit_count() <= _DISTANCE
     return alike
@@ -100,9 +97,10 @@ def near_duplicates_of(rows: np.ndarray, images: np.ndarray) -> tuple[np.ndarray
     images : uint8 [M, C, H, W]
     """
     small, pairs = _Small(images, np.arange(len(images))).grey, [np.zeros((2, 0), np.int64)]
+    own = _Versions(small[rows])
     block = min(_BLOCK, max(_COMPARED // max(len(rows), 1), 1))
     for start in range(0, len(images), block):
-        first, second = np.nonzero(_alike(small[rows], small[start : start + block]))
+        first, second = np.nonzero(_all_alike(own, _Versions(small[start : start + block])))
         pairs.append(np.stack([first, second + start]))
     a, b = np.concatenate(pairs, 1)
     hashes = {i: perceptual_hash(images[i]) for i in np.union1d(rows[a], b).tolist()}
@@ -181,22 +179,31 @@ class _Small:
         """bool [n]: which of `others` are the picture `row`."""
         own = self._of(np.array([row]))
         parts = [self._of(others[start : start + _BLOCK]) for start in range(0, len(others), _BLOCK)]
-        return np.concatenate([np.zeros(0, bool), *(_alike(own, part)[0] for part in parts)])
+        return np.concatenate([np.zeros(0, bool), *(_all_alike(own, part)[0] for part in parts)])
 
-    def _of(self, rows: np.ndarray) -> np.ndarray:
-        return self.grey[np.searchsorted(self.rows, rows)]
+    def _of(self, rows: np.ndarray) -> _Versions:
+        return _Versions(self.grey[np.searchsorted(self.rows, rows)])
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """bool [n, m]: which grey versions, uint8 [n, 256] and [m, 256], are of one picture, as far as these tell."""
-    levels, sizes, centred = [], [], []
-    for grey in (a, b):
+class _Versions:
+    """What decides whether two grey versions, uint8 [n, 256], are of one picture: their mean levels, what differs from
+    them, and the size of that."""
+
+    def __init__(self, grey: np.ndarray) -> None:
         x = grey.astype(np.float32)
-        levels.append(x.mean(1))
-        centred.append(x - levels[-1][:, None])
-        sizes.append(np.sqrt(np.square(centred[-1]).mean(1)))
-    size_a, size_b = sizes[0][:, None], sizes[1][None]
-    correlation = centred[0] @ centred[1].T / x.shape[1] / np.maximum(size_a * size_b, 1e-12)
-    flat_a, flat_b = size_a < _FLAT, size_b < _FLAT
-    level = np.abs(levels[0][:, None] - levels[1][None])
-    return np.where(flat_a | flat_b, flat_a & flat_b & (level < 4), correlation >= _CORRELATION)
+        self.level = x.mean(1)
+        self.centred = x - self.level[:, None]
+        self.size = np.sqrt(np.square(self.centred).mean(1))
+
+
+def _all_alike(a: _Versions, b: _Versions) -> np.ndarray:
+    """bool [n, m], of each with each."""
+    return _alike(a, b, a.centred @ b.centred.T / a.centred.shape[1], (slice(None), None))
+
+
+def _alike(a: _Versions, b: _Versions, products: np.ndarray, of_a: Any = slice(None)) -> np.ndarray:
+    """bool: which are of one picture, as far as grey versions tell. `products`: means over pixels of a[of_a] by b."""
+    size, level = a.size[of_a], a.level[of_a]
+    flat_a, flat_b = size < _FLAT, b.size < _FLAT
+    alike = products >= _CORRELATION * np.maximum(size * b.size, 1e-12)
+    return np.where(flat_a | flat_b, flat_a & flat_b & (np.abs(level - b.level) < 4), alike)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fastambient.errors import InputError
 
+_MOST_BYTES = 1 << 26  # of a metrics.json; the longest are a thousandth of it
+
 
 def check_target(out: Path, *inputs: str | Path | None) -> None:
     """InputError where no file can be written at `out`, or where that would replace one of the `inputs`, or anything
@@ -28,7 +30,7 @@ def check_target(out: Path, *inputs: str | Path | None) -> None:
 
 def _replaceable(out: Path) -> bool:
     """An empty file, or a metrics.json."""
-    if not out.is_file():
+    if not out.is_file() or out.stat().st_size > _MOST_BYTES:
         return False
     try:
         text = out.read_text(encoding="utf-8")
