@@ -262,10 +262,12 @@ def table(summary: dict[str, Any]) -> str:
         if max(counts) > 1
         else alone
     )
-    chosen, train_fd = summary["chosen"], cells[0]["train_fd"]
+    chosen = summary["chosen"]
+    ends = [c["train_fd"] for c in cells if c["train_fd"] is not None]  # differ where seeds have sets of their own
+    train_fd = " to ".join(dict.fromkeys(f"{end(ends):.4g}" for end in (min, max) if ends))
     audited = [c for c in summary["configurations"] if c.get("best") and c["kind"] not in STOPPED]
     images, equal = cells[0].get("train_images"), cells[0].get("equal_counts")
-    own = "" if train_fd is None else f"; the training images themselves have {train_fd:.4g}"
+    own = f"; the training images themselves have {train_fd}" if train_fd else ""
     if own and images and images != samples:
         own += f", but are {images:,}, and fewer images have a larger distance"
         if equal:
@@ -290,19 +292,19 @@ def table(summary: dict[str, Any]) -> str:
         same = "; a run that it did not stop is the same as the one without it" if whole else ""
         lines += [f"The stop rule ended {', '.join(told)}{same}.", ""]
     if audited:
-        ends = [c["best"] for c in cells if c["best"]]
-        samples, limit = ends[0]["samples"], f"{100 * chosen['target']:g} %"
-        short = distance_name(ends[:1], "pixel").partition(" vs")[0]
+        best = [c["best"] for c in cells if c["best"]]
+        samples, limit = best[0]["samples"], f"{100 * chosen['target']:g} %"
+        short = distance_name(best[:1], "pixel").partition(" vs")[0]
         lines += [
             f"Each stopped at its best: the audit of the least FD among those with at most {limit} copies above the"
-            f" control ({samples:,} samples, {spaces(ends)} space; the FD that is shown is the one that was chosen"
+            f" control ({samples:,} samples, {spaces(best)} space; the FD that is shown is the one that was chosen"
             " by, which flatters all, and those most that have the most such audits). The last two columns: where"
             f" copying passes {limit}, between the audits before and after by the log-odds of their rates: FD at the"
             " same copying, of the runs that come to copy so much; its interval is at least as wide as the counts of"
             " copies alone make it, if they were drawn again.",
             "",
             "| model | sigma_tn | seeds | kimg | less the control |"
-            f" {distance_name(ends, 'pixel').replace('|', 'or')} | {limit} at kimg | {short} there |",
+            f" {distance_name(best, 'pixel').replace('|', 'or')} | {limit} at kimg | {short} there |",
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
