@@ -45,7 +45,7 @@ $(TEST_STAMP): $(STAMP)
 	@touch $@
 
 quickstart: $(STAMP)
-	$(BIN)/fastambient quickstart --out $(OUT)
+	$(BIN)/fastambient quickstart --out $(OUT) --force
 
 # Tests use one thread each, so two processes take half the time on 2 cores; a file's tests stay in one.
 PARALLEL := -n 2 --dist loadfile

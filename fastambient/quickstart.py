@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -85,10 +86,13 @@ def quickstart(out: Path, *, force: bool = False, kimg: float = 64, num: int = 1
         str(seed),
         "--set",
         f"training.sample_kimg={kimg / 2:g}",
-        *(["--force"] if force else []),
     ]
     say(f"training EDM and the ambient model on 100 digits, {kimg:g} kimg each")
     runs = [(out / name, [*common, "--sigma-tn", f"{sigma_tn:g}"]) for name, sigma_tn in MODELS]
+    for path, _ in runs:
+        if path.exists():  # removed here: until the new runs have begun, the old ones' images would count as theirs
+            refuse_existing(path, force=force, marker="config.yaml")
+            shutil.rmtree(path)
     train_side_by_side(runs, nimg=round(kimg * 1000))
     # Pixels: of pictures this small a network for photographs, at 30 ms each, sees no more.
     evaluated = [evaluate_run(path, num=num, features="pixel") for path, _ in runs]

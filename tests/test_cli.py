@@ -407,3 +407,13 @@ def test_the_command_line_is_read_before_torch_is_loaded():
     """OpenMP reads its settings when torch is imported."""
     code = "import sys, fastambient.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_prepare_says_where_few_images_are_held_out(tmp_path, capsys):
+    """Before the training, not after it; not where somebody has named a number."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (80, 8, 8, 1), dtype=np.uint8))
+    for name, more, said in (("a", [], True), ("b", ["--holdout", "20"], False)):
+        code, _, err = run(
+            "prepare", tmp_path / "x.npy", "--out", tmp_path / name, "--noise-seed", "1", *more, capsys=capsys
+        )
+        assert code == 0 and ("30 or more tell copying from chance (--holdout)" in err) is said

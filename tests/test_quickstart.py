@@ -8,10 +8,33 @@ import subprocess
 import sys
 
 import pytest
+from conftest import make_run
 
+from fastambient import quickstart as module
+from fastambient.errors import InputError
 from fastambient.training.run import RunFolder
 
 LIMIT = 600  # seconds: twice what is promised on two cores, because those of a test may be shared
+
+
+def test_an_earlier_quickstart_is_replaced_whole_and_before_the_new_one_begins(tmp_path, monkeypatch):
+    """Cut off or finished: its images would count as progress of the new one. What is no run stays."""
+    begun = []
+    monkeypatch.setattr(
+        module, "train_side_by_side", lambda runs, nimg: begun.append([p.exists() for p, _ in runs]) or 1 / 0
+    )
+    for name in ("edm", "ambient"):
+        make_run(tmp_path / "quick" / name)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        module.quickstart(tmp_path / "quick")
+    with pytest.raises(ZeroDivisionError):
+        module.quickstart(tmp_path / "quick", force=True)
+    assert begun == [[False, False]]
+    (tmp_path / "quick" / "edm").mkdir()
+    (tmp_path / "quick" / "edm" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds no config\.yaml"):
+        module.quickstart(tmp_path / "quick", force=True)
+    assert (tmp_path / "quick" / "edm" / "mine.txt").is_file() and len(begun) == 1
 
 
 @pytest.mark.slow

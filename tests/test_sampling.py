@@ -278,7 +278,11 @@ def test_classes_go_by_name_and_by_number(tmp_path):
         (named, "bird", "--class: there is no class 'bird'; known: 10, 2, cat, dog"),
         (named, "4", r"--class: expected a class in 0\.\.3, got 4"),
         (plain, "cat", r"--class: expected a number in 0\.\.3, because its classes have no names, got 'cat'"),
-        (weights(tmp_path / "u.safetensors"), "cat", "because the model is unconditional, got 'cat'"),
+        (
+            weights(tmp_path / "u.safetensors"),
+            "cat",
+            r"the model is unconditional \(train one with --set data.use_labels=true\), got 'cat'",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             write_samples(model, [0], tmp_path / "y.npz", class_index=given)

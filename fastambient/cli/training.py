@@ -25,6 +25,7 @@ from fastambient.cli.options import (
     parse_batch,
     parse_sigma_tn,
 )
+from fastambient.console import say
 from fastambient.errors import InputError
 
 
@@ -96,6 +97,7 @@ def prepare(
     from fastambient.data.sources import open_source
     from fastambient.data.store import Store
     from fastambient.diffusion.ambient import default_sigma_tn
+    from fastambient.evaluation.inputs import ENOUGH_HELD_OUT
     from fastambient.files import refuse_existing
     from fastambient.training.config import check_sigma_tn
 
@@ -130,6 +132,8 @@ def prepare(
         workers=workers or os.cpu_count() or 1,
     )  # fmt: skip
     print(f"{out}: {store.summary()}")
+    if holdout is None and 0 < len(store.holdout) < ENOUGH_HELD_OUT:
+        say(f"few images are held out: {ENOUGH_HELD_OUT} or more tell copying from chance (--holdout)")
     if hand_out and store.num_classes:
         names = ", ".join(store.class_names or []) or f"0 to {store.num_classes - 1}"
         print(f"its class labels are handed out, too: {names}")

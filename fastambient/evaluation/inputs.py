@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastambient.errors import InputError
 
+ENOUGH_HELD_OUT = 30  # images, below which a control is called weak
 _MOST_BYTES = 1 << 26  # of a metrics.json; the longest are a thousandth of it
 
 

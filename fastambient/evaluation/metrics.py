@@ -14,6 +14,7 @@ import numpy as np
 from fastambient.console import progress
 from fastambient.errors import InputError
 from fastambient.evaluation.embedded import embedded_metrics
+from fastambient.evaluation.inputs import ENOUGH_HELD_OUT
 from fastambient.evaluation.memorization import (
     NamesOfCopies,
     Neighbours,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "Score", "check_sets", "evaluate", "to_json"]
 
 _TOP = 10  # the most copied training images that are named
-_FEW = 30  # held-out images, below which a control is called weak
 _HELD = 2**26  # numbers of a set, above which they stay float32: those of small sets keep every digit
 _NO_HOLDOUT = (
     "There is no held-out set: Frechet distances, KID, precision, recall, density, coverage, MiFID, FLD and all"
@@ -301,9 +301,10 @@ def few_held_out(count: int, trained: int) -> str:
 
     count, trained : distinct images that the control searches, and that trained
     """
-    if count >= _FEW:
+    if count >= ENOUGH_HELD_OUT:
         return ""
-    why = f"no more than train; {_FEW} or more would do" if trained <= count else f"hold back {_FEW} or more"
+    enough = f"{ENOUGH_HELD_OUT} or more"
+    why = f"no more than train; {enough} would do" if trained <= count else f"hold back {enough}"
     return (
         f"The control searches {count} held-out images only: it says little, and so does the copy rate less it; {why}."
     )

@@ -113,6 +113,7 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
         return []
     space, rows = f"{space_name(s['embedder'])}, cosine", []
     alike = " Small pictures of one kind reach it in pixels without being copies." if s["embedder"] == "pixel" else ""
+    noisy = "" if s["embedder"] == "pixel" else " A copy under slight noise may lie below; the copy rate counts it."
     some, whole = at(s, "control/images"), at(metrics, "counts/train_distinct")
     fewer = bool(some) and some != whole
     at_equal = {level: at(s, f"control/train_above_{level}") for level in ("0.9", "0.95") if fewer}
@@ -128,7 +129,7 @@ def _similarity(metrics: dict[str, Any]) -> list[Figure]:
         rows += [
             Figure(
                 COPYING, f"Similarity above {level}", space,
-                f"Share of samples whose most similar training image has a cosine above {level}.{alike}",
+                f"Share of samples whose most similar training image has a cosine above {level}.{alike}{noisy}",
                 _share(s.get(f"above_{level}")), interval(ci) if ci else "", "lower",
             ),
             Figure(

@@ -108,7 +108,11 @@ def class_number(denoiser: EDMDenoiser, given: int | str) -> int:
         if names:
             raise InputError(f"--class: there is no class {text!r}{did_you_mean(text, names)}") from None
         what = f"a number in 0..{denoiser.label_dim - 1}" if denoiser.label_dim else "none"
-        why = "its classes have no names" if denoiser.label_dim else "the model is unconditional"
+        why = (
+            "its classes have no names"
+            if denoiser.label_dim
+            else "the model is unconditional (train one with --set data.use_labels=true)"
+        )
         raise InputError(f"--class: expected {what}, because {why}, got {text!r}") from None
 
 
