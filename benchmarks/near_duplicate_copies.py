@@ -41,13 +41,13 @@ def by_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
     return np.stack(out)
 
 
-def shots(images: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+def shots(images: np.ndarray, count: int, generator: np.random.Generator, light: float = LIGHT) -> np.ndarray:
     """uint8 [N * count, 3, H, W]: each image `count` times, in light of its own."""
     size = images.shape[-1] // 8
     out = []
     for image in images.repeat(count, 0).astype(np.float64):
-        light = LIGHT * generator.standard_normal((3, 8, 8)).repeat(size, 1).repeat(size, 2)
-        out.append(np.clip(image + light, 0, 255).astype(np.uint8))
+        soft = light * generator.standard_normal((3, 8, 8)).repeat(size, 1).repeat(size, 2)
+        out.append(np.clip(image + soft, 0, 255).astype(np.uint8))
     return np.stack(out)
 
 
@@ -78,7 +78,10 @@ def main() -> None:
         row[search.__name__] = {"copies": None, "others": float(search(new, many).copies().mean())}
     print(row)
     rows.append(row)
-    settings = {"data": Path(a.source).name, "images": IMAGES, "twice": TWICE, "others": OTHERS}
+    settings = {
+        "data": Path(a.source).name, "images": IMAGES, "twice": TWICE, "others": OTHERS, "subjects": SUBJECTS,
+        "shots": SHOTS, "new": NEW, "light": LIGHT,
+    }  # fmt: skip
     device = protocol.environment(torch.device("cpu"))["device"]
     write_json(a.out, {"device": device, "date": str(date.today()), "settings": settings, "rows": rows})
 

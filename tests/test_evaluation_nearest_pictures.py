@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from planted import textures
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from near_duplicate_copies import by_jpeg, shots
 
 from fastambient.data import near_duplicates as module
 from fastambient.evaluation.memorization import nearest_two
@@ -16,16 +19,6 @@ from fastambient.evaluation.nearest_pictures import nearest_pictures
 from fastambient.evaluation.report_figures import figures
 from fastambient.evaluation.table import sentence
 from fastambient.training.audits import AuditSets, measure
-
-
-def encoded(images: np.ndarray, quality: int) -> np.ndarray:
-    """The same pictures by way of JPEG."""
-    out = []
-    for image in images:
-        file = io.BytesIO()
-        Image.fromarray(image.transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
-        out.append(np.asarray(Image.open(file)).transpose(2, 0, 1))
-    return np.stack(out)
 
 
 def noised(images: np.ndarray, sigma: float, seed: int) -> np.ndarray:
@@ -37,7 +30,7 @@ def noised(images: np.ndarray, sigma: float, seed: int) -> np.ndarray:
 def sets():
     """30 pictures, of which the first ten stand in the set a second and the first four a third time, nearly."""
     pictures, fresh = textures(30, 1), textures(20, 2)
-    train = np.concatenate([pictures, encoded(pictures[:10], 80), encoded(pictures[:4], 60)])
+    train = np.concatenate([pictures, by_jpeg(pictures[:10], 80), by_jpeg(pictures[:4], 60)])
     # copies: of eight that have near-duplicates, of six that have none; then pictures that copy nothing
     samples = np.concatenate([noised(pictures[:8], 0.03, 3), noised(pictures[20:26], 0.03, 4), fresh[:10]])
     return train, fresh[10:], samples
@@ -87,6 +80,13 @@ def test_near_duplicates_of_near_duplicates_are_pictures_of_their_own(sets):
     for row, (own, other) in enumerate(found.index.tolist()):
         assert own == (0, 39)[row] and other < count and not alike[own, other]
         assert alike[own, other + (1 if own else -1)], "the next one that is no near-duplicate of the nearest"
+
+
+def test_new_shots_of_known_scenes_are_seldom_copies():
+    """Chains of near-duplicates made all of a scene's shots one picture: a third of the new ones were copies of it."""
+    generator = np.random.default_rng(0)
+    many, new = (shots(textures(20, 1), count, generator, light=5.0) for count in (16, 5))
+    assert nearest_pictures(new, many).copies().mean() < 0.1
 
 
 def test_one_sample_says_nothing_of_another(sets):

@@ -72,6 +72,6 @@ def near_duplicates_note(found: dict[str, Any] | None) -> str:
         f"{found['copies']:,} of the copies are near to training images that have a near-duplicate in the set; these"
         " count as one picture. If they counted as different ones, nothing that is near to two of them would be a"
         f" copy, and the copy rate would be {100 * found['rate_without']:.1f} %. Where a set holds many shots of one"
-        " subject, a new shot of it counts as a copy, too, and the control, of other subjects, does not show it: look"
-        " at the pairs. prepare --dedup drop keeps one of each."
+        " subject, a new shot of it may count as a copy, too, and the control, of other subjects, does not show it:"
+        " look at the pairs. prepare --dedup drop keeps one of each."
     )
